@@ -1,0 +1,292 @@
+"""State that survives: safetensors and JSON, written aside, synced, renamed, checked; and the EMA."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STATE = "state.json"
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written; what was there before is intact."""
+
+
+def save(folder: str | Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `folder` with one NAME.safetensors per entry of `tensors` and a state.json, whole or not at all.
+
+    `state` (JSON-able) gets a `files` entry with each file's size and SHA-256. An old folder is replaced.
+    Raises CheckpointError (an OSError) when the disk is full or refuses; the target is then as it was.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, group in tensors.items():
+            save_file(_storable(group), aside / f"{name}.safetensors")
+        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
+        for name in files:
+            _sync(aside / name)
+        write_json(aside / STATE, {**state, "files": files})
+        replace_folder(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write {folder} ({error}); free some disk space and run again"
+        ) from error
+    return folder
+
+
+def load(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what `save` wrote: (tensors on the CPU, state). Raises ValueError when a file is damaged."""
+    folder = Path(folder)
+    fault = find_fault(folder)
+    if fault:
+        raise ValueError(f"{folder} is not a complete checkpoint: {fault}; remove the folder and run again")
+    state = json.loads((folder / STATE).read_text())
+    return {Path(name).stem: load_file(folder / name) for name in state["files"]}, state
+
+
+def find_fault(folder: str | Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file is there and hashes right."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / STATE).read_text())["files"]
+        for name, known in files.items():
+            if (folder / name).stat().st_size != known["size"] or _describe(folder / name) != known:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return f"{STATE} is damaged"
+    return None
+
+
+def listing(run_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, complete or not."""
+    return sorted((Path(run_dir) / "checkpoints").glob("step_*"))
+
+
+def step_folder(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lives."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def latest(run_dir: str | Path, usable: Callable[[dict[str, Any]], bool] | None = None) -> Path | None:
+    """The newest complete checkpoint of a run whose state is `usable`; broken ones are passed over."""
+    for folder in reversed(listing(run_dir)):
+        fault = find_fault(folder)
+        if fault:
+            print(f"passing over {folder}: {fault}")
+        elif usable is None or usable(json.loads((folder / STATE).read_text())):
+            return folder
+    return None
+
+
+def prune(run_dir: str | Path, keep: int, stable: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and the newest up to step `stable` to extend from."""
+    folders = listing(run_dir)
+    before = [folder for folder in folders if folder <= step_folder(run_dir, stable)]
+    for folder in folders[: -max(keep, 1)]:
+        if folder not in before[-1:]:
+            shutil.rmtree(folder)
+
+
+def discard_after(run_dir: str | Path, step: int) -> None:
+    """Remove checkpoints newer than `step`, which a run that starts again from there leaves behind."""
+    for folder in listing(run_dir):
+        if folder > step_folder(run_dir, step):
+            shutil.rmtree(folder)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON to a file whole or not at all."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file whole or not at all."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    save_file(_storable(tensors), aside, metadata={"format": "pt"})
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """12 hex digits of the SHA-256 over a network's weights and buffers: which network made something."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the folder `new` in the place of `target`, on disk before this returns."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(new)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def shapes(networks: dict[str, nn.Module]) -> dict[str, list[int]]:
+    """The shape of every tensor of the networks, by `network/tensor` name: what a checkpoint has to fit."""
+    return {
+        f"{name}/{key}": list(value.shape)
+        for name, network in networks.items()
+        for key, value in network.state_dict().items()
+    }
+
+
+def differences(known: dict[str, list[int]], now: dict[str, list[int]], most: int = 3) -> str:
+    """How two tables of parameter shapes differ, in words; '' when they do not."""
+    words = [
+        f"{name} is {now[name]}, was {known[name]}"
+        for name in now
+        if name in known and now[name] != known[name]
+    ]
+    words += [f"{name} is new" for name in now if name not in known]
+    words += [f"{name} is gone" for name in known if name not in now]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more
+
+
+def warm_start(networks: dict[str, nn.Module], path: str | Path) -> str:
+    """Load weights into the networks from a run folder, a pipeline folder or a file; returns what was loaded.
+
+    Each network found is loaded strictly; networks the folder does not have stay as they are and are named.
+    """
+    root, loaded, fresh = Path(path), [], []
+    if not root.exists():
+        raise ValueError(f"trainer.init={path}: no such file or folder")
+    for name, network in networks.items():
+        files = [root / f"{name}.safetensors"]
+        for folder in (root / name, root if len(networks) == 1 else root / name):
+            files += [folder / f"{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model")]
+        found = (
+            root if root.is_file() and len(networks) == 1 else next((f for f in files if f.is_file()), None)
+        )
+        if found is None:
+            fresh.append(name)
+            continue
+        try:
+            network.load_state_dict(with_ties(network, load_file(found)), strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"trainer.init: {found} does not fit {name}: {_one_line(error)}") from error
+        loaded.append(name)
+    if not loaded:
+        raise ValueError(f"trainer.init={path} holds no weights (safetensors) of {', '.join(networks)}")
+    return ", ".join(loaded) + (f" (fresh: {', '.join(fresh)})" if fresh else "")
+
+
+def with_ties(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the names that tied weights go by and that an exported file leaves out."""
+    by_place: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for key, value in network.state_dict().items():
+        if value.numel():
+            by_place.setdefault((value.data_ptr(), tuple(value.shape)), []).append(key)
+    full = dict(tensors)
+    for keys in by_place.values():
+        given = next((key for key in keys if key in tensors), None)
+        if given is not None:
+            full |= {key: tensors[given] for key in keys if key not in tensors}
+    return full
+
+
+class PowerEMA:
+    """Power-function moving average of parameters, in fp32 (Karras et al. 2024, arXiv 2312.02696).
+
+    `sigma_rel` is its width relative to the training so far: 0.05 narrow, 0.1 usual, at most 0.28.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], sigma_rel: float) -> None:
+        self.parameters = parameters
+        self.gamma = power_of_width(sigma_rel)
+        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after step number `step`, counted from 1."""
+        beta = (1 - 1 / step) ** (self.gamma + 1)
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - beta)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back a saved average."""
+        for name, value in self.average.items():
+            value.copy_(tensors[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Let the parameters hold their average inside the `with` block, and their own values after it."""
+        live: list[Tensor] = list(self.parameters.values())
+        with torch.no_grad():
+            own = [parameter.detach().clone() for parameter in live]
+            torch._foreach_copy_(live, list(self.average.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, own)
+
+
+def power_of_width(sigma_rel: float) -> float:
+    """The exponent gamma whose profile t^gamma has relative standard deviation `sigma_rel` in (0, 0.2886)."""
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"an EMA width lies between 0 and 0.28, as 0.1, not {sigma_rel}")
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        plain = tensor.detach().contiguous()
+        result[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return result
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

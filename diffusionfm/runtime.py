@@ -1,0 +1,73 @@
+"""What a training loop stands on: step seeds, bf16 or not, the pieces of a batch, signals."""
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step on one rank, so that no random state needs saving."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are native to the device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def finite(value: float) -> bool:
+    """Whether a number is neither nan nor infinite."""
+    return value - value == 0.0
+
+
+def count(batch: Batch) -> int:
+    """How many samples a batch holds: the length that all its tensors and lists share."""
+    sizes = {len(value) for value in batch.values() if isinstance(value, list) or _rows(value)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"tensors and lists of a batch have one entry a sample, but these lengths differ: {sorted(sizes)}"
+        )
+    return sizes.pop()
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def split(batch: Batch, pieces: int) -> list[Batch]:
+    """The batch cut along its samples into equal pieces."""
+    if pieces == 1:
+        return [batch]
+    total = count(batch)
+    if total % pieces:
+        raise ValueError(f"a batch of {total} does not split into trainer.grad_accum={pieces} equal pieces")
+    size = total // pieces
+    cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+    return [{k: v[c] if isinstance(v, list) or _rows(v) else v for k, v in batch.items()} for c in cuts]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler` inside the `with` block."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,353 @@
+"""The training loop: exact resume, signals and kills, guards, callbacks, run folder, optimisers, schedule."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from diffusionfm import checkpoint, optim
+from diffusionfm.checkpoint import CheckpointError
+from diffusionfm.trainer import Trainer, TrainerConfig, TrainingDiverged
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trainer_toy import Denoise, Toy, ToyBatches  # noqa: E402
+
+TOY = str(Path(__file__).parent / "trainer_toy.py")
+
+
+def _config(folder: Path, **changes) -> TrainerConfig:
+    given = {"steps": 4, "batch_size": 8, "lr": 1e-2, "warmup": 3, "device": "cpu", "precision": "fp32"}
+    return TrainerConfig(output_dir=str(folder), **given | {"tensorboard": False} | changes)
+
+
+def _train(folder: Path, net: nn.Module | None = None, data=None, callbacks=None, **changes) -> Path:
+    torch.manual_seed(0)
+    objective = Denoise(net or Toy())
+    return Trainer(_config(folder, **changes), objective, data or ToyBatches(), **callbacks or {}).fit()
+
+
+def _metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _same_end(a: Path, b: Path, steps: int) -> None:
+    for name in ("net", "ema", "optimizer"):
+        one, two = (load_file(checkpoint.step_folder(run, steps) / f"{name}.safetensors") for run in (a, b))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    trace = [[(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in _metrics(run)] for run in (a, b)]
+    assert trace[0] == trace[1] and [row[0] for row in trace[0]] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("decay", [0.0, 0.15])
+def test_twenty_steps_are_seven_and_six_and_seven(tmp_path, capsys, optimizer, precision, decay):
+    """With a decay, the run goes on from before its earlier end was in sight; without, from its very end."""
+    settings = {"optimizer": optimizer, "precision": precision, "decay_fraction": decay}
+    _train(tmp_path / "whole", steps=20, **settings)
+    for steps in (7, 13, 20):
+        torch.rand(3)
+        noise = {"on_sample": lambda step, networks: torch.randn(5)}
+        _train(tmp_path / "parts", steps=steps, callbacks=noise, sample_every=2, **settings)
+    said = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "resumed" in line]
+    assert said == ([7, 13] if decay == 0 else [6, 11])
+    _same_end(tmp_path / "whole", tmp_path / "parts", 20)
+
+
+def test_killed_at_random_it_goes_on_to_the_same_end(tmp_path):
+    common = [
+        "trainer.steps=40",
+        "trainer.checkpoint_every=1",
+        "trainer.tensorboard=false",
+        "trainer.batch_size=8",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def command(folder: Path, *more: str) -> list[str]:
+        return [sys.executable, TOY, f"trainer.output_dir={folder}", *common, *more]
+
+    subprocess.run(command(whole), check=True, capture_output=True)
+    for delay in (0.02, 0.23, 0.41):
+        child = subprocess.Popen(
+            command(killed, "pause=0.02"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while child.poll() is None and time.monotonic() < deadline:
+            if (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text()) > 0:
+                time.sleep(delay)
+                break
+            time.sleep(0.05)
+        child.kill()
+        child.wait()
+        assert checkpoint.latest(killed) or not checkpoint.listing(killed)
+    done = subprocess.run(command(killed), check=True, capture_output=True, text=True)
+    assert "resumed at step" in done.stdout
+    _same_end(whole, killed, 40)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(tmp_path, number, code):
+    command = [sys.executable, TOY, f"trainer.output_dir={tmp_path}", "trainer.steps=500", "pause=0.05"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == code and f"stopped by {number.name} at step" in out
+    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, len(_metrics(tmp_path)))
+    assert (tmp_path / "net.safetensors").exists()
+
+
+def test_the_run_folder_tells_the_story(tmp_path):
+    seen, live = [], Toy()
+    settings = {
+        "steps": 10,
+        "validate_every": 5,
+        "sample_every": 4,
+        "checkpoint_every": 4,
+        "decay_fraction": 0.0,
+    }
+
+    def look(step, networks):
+        assert not networks["net"].training and not torch.is_grad_enabled()
+        seen.append((step, networks["net"].leave.weight.clone()))
+        return {"heldout_loss": 0.5}
+
+    run = _train(
+        tmp_path, net=live, callbacks={"on_sample": look, "validate": look}, tensorboard=True, **settings
+    )
+    lines = _metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 11)) and lines[-1]["samples"] == 80
+    wanted = {"loss", "level", "lr", "grad_norm", "images_per_s", "wait_s", "seconds"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [5, 10]
+    assert [step for step, _ in seen] == [4, 5, 8, 10, 10] and live.training
+    exported = load_file(run / "net.safetensors")
+    assert torch.equal(exported["leave.weight"], seen[-1][1])
+    assert not torch.equal(exported["leave.weight"], live.leave.weight)
+    assert [path.name[-2:] for path in checkpoint.listing(run)] == ["08", "10"]
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert (ledger["steps"], ledger["samples"], ledger["flops"]) == (10, 80, 8000)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and environment["shapes"]["net/enter.weight"] == [8, 4]
+    assert (
+        (run / "config.yaml").exists() and (run / "samples").is_dir() and any((run / "tensorboard").iterdir())
+    )
+
+
+def test_it_learns(tmp_path):
+    lines = _metrics(_train(tmp_path, steps=150, decay_fraction=0.2))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_pieces_add_up_to_the_batch(tmp_path):
+    class Plain(Denoise):
+        def forward(self, batch):
+            return (self.net(batch["x"]) - batch["x"]).square().mean(), {}
+
+    for name, pieces in (("one", 1), ("four", 4)):
+        torch.manual_seed(0)
+        net = Toy()
+        net.drop.p = 0.0
+        Trainer(_config(tmp_path / name, grad_accum=pieces), Plain(net), ToyBatches()).fit()
+    one, four = (_metrics(tmp_path / name) for name in ("one", "four"))
+    assert [m["loss"] for m in four] == pytest.approx([m["loss"] for m in one], rel=1e-4)
+    with pytest.raises(ValueError, match="grad_accum=3"):
+        _train(tmp_path / "three", grad_accum=3)
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_weights_move(tmp_path):
+    class Poisoned(ToyBatches):
+        def batch(self, step):
+            batch = super().batch(step)
+            batch["x"][0] += float("nan") if step == 6 else 0.0
+            return batch
+
+    with pytest.raises(TrainingDiverged, match="at step 7") as error:
+        _train(tmp_path, steps=10, checkpoint_every=3, data=Poisoned())
+    assert isinstance(error.value, ValueError) and isinstance(error.value, FloatingPointError)
+    dumped = json.loads((tmp_path / "diverged.json").read_text())
+    assert dumped["step"] == 7 and dumped["key"] == [f"6-{i}" for i in range(8)]
+    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 6)
+    _train(tmp_path, steps=10)
+    assert [line["step"] for line in _metrics(tmp_path)] == list(range(1, 11))
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    _train(tmp_path)
+    with pytest.raises(ValueError, match=r"net/enter.weight is \[16, 4\], was \[8, 4\].*output_dir"):
+        _train(tmp_path, net=Toy(16), steps=8)
+    with pytest.raises(ValueError, match="trainer.optimizer is muon, was adamw"):
+        _train(tmp_path, optimizer="muon", steps=8)
+    _train(tmp_path, steps=8)
+
+
+def test_a_finished_run_runs_no_step_and_mends_its_export(tmp_path, capsys):
+    _train(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    weights = load_file(tmp_path / "net.safetensors")
+    (tmp_path / "net.safetensors").unlink()
+    _train(tmp_path)
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    again = load_file(tmp_path / "net.safetensors")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    _train(tmp_path, steps=6, checkpoint_every=2, decay_fraction=0.0)
+    (checkpoint.step_folder(tmp_path, 6) / "optimizer.safetensors").write_bytes(b"cut")
+    _train(tmp_path, steps=8, decay_fraction=0.0)
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert [line["step"] for line in _metrics(tmp_path)] == list(range(1, 9))
+
+
+def test_warm_start_and_no_average(tmp_path, capsys):
+    _train(tmp_path / "first", ema=0.0)
+    _train(tmp_path / "second", init=str(tmp_path / "first"), ema=0.0, lr=0.0)
+    assert "warm start from" in capsys.readouterr().out
+    one, two = (load_file(tmp_path / name / "net.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_frozen_parameters_stay_and_are_exported(tmp_path):
+    net = Toy()
+    net.enter.requires_grad_(False)
+    before = net.enter.weight.clone()
+    _train(tmp_path, net=net, optimizer="muon")
+    exported = load_file(tmp_path / "net.safetensors")
+    assert torch.equal(exported["enter.weight"], before)
+    assert "net/enter.weight" not in load_file(checkpoint.latest(tmp_path) / "ema.safetensors")
+
+
+def test_sixteen_bit_masters_and_strays_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fp32 masters"):
+        _train(tmp_path, net=Toy().bfloat16())
+    objective = Denoise(Toy())
+    objective.judge = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="judge.weight of Denoise"):
+        Trainer(_config(tmp_path), objective, ToyBatches())
+    with pytest.raises(ValueError, match="nothing to train"):
+        _train(tmp_path, net=Toy().requires_grad_(False))
+
+
+def test_stop_ends_early_and_saves(tmp_path):
+    trainer = Trainer(
+        _config(tmp_path, steps=50, validate_every=5),
+        Denoise(Toy()),
+        ToyBatches(),
+        validate=lambda step, networks: trainer.stop() or {"score": 1.0},
+    )
+    trainer.fit()
+    assert trainer.step == 5 and checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 5)
+
+
+def test_a_stream_is_read_from_where_the_run_goes_on(tmp_path):
+    class Streamed(ToyBatches):
+        starts, closed = [], 0
+
+        def stream(self, start):
+            self.starts.append(start)
+            try:
+                while True:
+                    yield self.batch(start)
+                    start += 1
+            finally:
+                type(self).closed += 1
+
+    for steps in (5, 9):
+        _train(tmp_path / "stream", steps=steps, data=Streamed(), decay_fraction=0.0)
+    _train(tmp_path / "plain", steps=9, decay_fraction=0.0)
+    assert Streamed.starts == [0, 5] and Streamed.closed == 2
+    _same_end(tmp_path / "stream", tmp_path / "plain", 9)
+
+
+def test_models_are_exported_as_folders(tmp_path):
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.models.modeling_utils import ModelMixin
+
+    class Model(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width: int = 8):
+            super().__init__()
+            self.toy = Toy(width)
+
+        def forward(self, x):
+            return self.toy(x)
+
+    run = _train(tmp_path, net=Model(width=4), checkpoint_every=2)
+    again = Model.from_pretrained(run / "net")
+    exported = load_file(run / "net.safetensors")
+    assert again.config.width == 4
+    assert all(torch.equal(value, exported[key]) for key, value in again.state_dict().items())
+
+
+def test_a_save_that_fails_leaves_the_run_usable(tmp_path):
+    _train(tmp_path, steps=4, decay_fraction=0.0)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="free some disk space"):
+            _train(tmp_path, steps=8, decay_fraction=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 4)
+    _train(tmp_path, steps=8, decay_fraction=0.0)
+
+
+def test_muon_takes_the_block_matrices_only():
+    net = Toy()
+    optimizers = optim.build_optimizers({"net": net}, "muon", weight_decay=0.3)
+    muon = [p for group in optimizers["muon"].param_groups for p in group["params"]]
+    assert [id(p) for p in muon] == [id(block.weight) for block in net.blocks]
+    for group in optimizers["adamw"].param_groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.3) for p in group["params"])
+    total = sum(len(g["params"]) for o in optimizers.values() for g in o.param_groups)
+    assert total == len(list(net.parameters()))
+    with pytest.raises(ValueError, match="use adamw"):
+        optim.build_optimizers({"net": nn.Linear(2, 2)}, "muon")
+
+
+def test_the_schedule_rises_stays_and_falls():
+    rates = [optim.wsd(step, 100, 10, 0.2) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
+    falls = [a - b for a, b in zip(rates[79:], [*rates[80:], 0.0], strict=True)]
+    assert min(rates) > 0 and falls == pytest.approx([falls[0]] * 21)
+    assert rates[:80] == [optim.wsd(step, 1000, 10, 0.2) for step in range(80)]
+    assert [optim.wsd(step, 5, 0, 0.0) for step in range(5)] == [1.0] * 5
+
+
+@pytest.mark.slow
+def test_compiled_networks_keep_their_names_and_sample_uncompiled(tmp_path):
+    shapes = {"on_sample": lambda step, networks: networks["net"](torch.randn(3, 4))}
+    for steps in (3, 5):
+        _train(tmp_path, steps=steps, compile=True, sample_every=1, callbacks=shapes)
+    assert load_file(tmp_path / "net.safetensors").keys() == Toy().state_dict().keys()
+    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    more = ["trainer.steps=6", "trainer.batch_size=8", "trainer.tensorboard=false", "trainer.precision=fp32"]
+    command = [*launch, TOY, f"trainer.output_dir={tmp_path}", *more]
+    for steps in (6, 9):
+        done = subprocess.run(
+            [*command, f"trainer.steps={steps}"], capture_output=True, text=True, env=os.environ
+        )
+        assert done.returncode == 0, done.stderr
+    lines = _metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["samples"] == 72
