@@ -1,0 +1,131 @@
+"""Flow-matching maths, shared by training and sampling: times, grids, interpolation, guidance, samplers.
+
+One convention everywhere: t in [0, 1] and 1 is noise,
+
+    x_t = (1 - t) x0 + t e,    v = dx_t / dt = e - x0    (arXiv:2210.02747, arXiv:2209.03003)
+
+Everything here is a pure function. b is the batch; a time is (b,) in training, a scalar tensor in sampling.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v, t a scalar tensor
+OnStep = Callable[[int, int, Tensor, Tensor], object]  # (step, total, x, v), after the step along v to x
+
+
+# ---- the path --------------------------------------------------------------------------------------------
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x0 + t e, with t (b,) or scalar beside x0 and noise (b, ...)."""
+    t = _beside(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """The training target v = e - x0, constant along each straight path."""
+    return noise - x0
+
+
+def denoised(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """The estimate of x0 that a velocity implies: x_t - t v."""
+    return x - _beside(t, x) * v
+
+
+# ---- times -----------------------------------------------------------------------------------------------
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Move times towards noise: s t / (1 + (s - 1) t), the identity at s = 1 (SD3, arXiv:2403.03206)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_times(
+    n: int,
+    generator: torch.Generator | None = None,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    uniform_fraction: float = 0.1,
+    shift: float = 1.0,
+) -> Tensor:
+    """Draw n training times, (n,) float32 on the CPU.
+
+    The density is logit-normal(mean, std) (SD3, section 3.1) mixed with `uniform_fraction` of the uniform
+    one, so that both ends keep being trained, then shifted. The draws are evenly spaced quantiles behind one
+    random offset: each has exactly that density and together they cover it, so the loss varies less from
+    batch to batch (VDM, arXiv:2107.00630, I.1).
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    quantile = (torch.arange(n, dtype=torch.float64) / n + offset) % 1
+    uniform = quantile / max(uniform_fraction, 1e-12)
+    rest = (quantile - uniform_fraction).clamp(min=0) / max(1 - uniform_fraction, 1e-12)
+    t = torch.where(
+        quantile < uniform_fraction, uniform, torch.sigmoid(mean + std * torch.special.ndtri(rest))
+    )
+    return shift_time(t, shift).float()
+
+
+def grid(steps: int, shift: float = 1.0) -> Tensor:
+    """The sampling times: (steps + 1,) float32 falling from 1 to 0.
+
+    They equal the sigmas of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after
+    `set_timesteps(sigmas=linspace(1, 1 / steps, steps))`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+# ---- guidance --------------------------------------------------------------------------------------------
+
+
+def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, uncond + scale (cond - uncond): 1 is cond, 0 is uncond (arXiv:2207.12598)."""
+    return torch.lerp(uncond, cond, scale)
+
+
+def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> float:
+    """The scale at time t: `scale` inside the interval, 1 (off) outside (arXiv:2404.07724)."""
+    low, high = interval
+    return scale if low <= float(t) <= high else 1.0
+
+
+# ---- samplers --------------------------------------------------------------------------------------------
+
+
+def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Integrate dx/dt = v from times[0] to times[-1], one evaluation a step.
+
+    After step i = 1..total, `on_step(i, total, x, v)` sees x at times[i]; `denoised(x, times[i], v)` is then
+    the preview. To stop early, raise from it.
+    """
+    total = len(times) - 1
+    for i in range(total):
+        v = velocity_fn(x, times[i])
+        x = x + (times[i + 1] - times[i]) * v
+        if on_step is not None:
+            on_step(i + 1, total, x, v)
+    return x
+
+
+def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """As `euler`, to second order: two evaluations a step, one for the last (EDM, arXiv:2206.00364)."""
+    total = len(times) - 1
+    for i in range(total):
+        step = times[i + 1] - times[i]
+        v = velocity_fn(x, times[i])
+        if i + 1 < total:
+            v = (v + velocity_fn(x + step * v, times[i + 1])) / 2
+        x = x + step * v
+        if on_step is not None:
+            on_step(i + 1, total, x, v)
+    return x
+
+
+def _beside(t: Tensor, x: Tensor) -> Tensor:
+    """t (b,) with the trailing axes that let it broadcast against x (b, ...); a scalar already does."""
+    return t.to(x).reshape(t.shape + (1,) * (x.ndim - t.ndim if t.ndim else 0))
