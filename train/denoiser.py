@@ -1,0 +1,104 @@
+"""Pretrain the denoiser on latent shards: python train/denoiser.py configs/icons/denoiser.yaml trainer.steps=N"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from diffusionfm.autoencoder import AutoencoderKL
+from diffusionfm.checkpoint import weights_hash
+from diffusionfm.config import parse_args, user_errors
+from diffusionfm.data.training import DataConfig, collate_latents, fixed_samples, latent_batches, latent_dataset
+from diffusionfm.images import contact_sheet
+from diffusionfm.objectives import FlowMatching
+from diffusionfm.pipeline import DiffusionFMPipeline, build_pipeline
+from diffusionfm.trainer import Trainer, TrainerConfig
+from diffusionfm.transformer import DiffusionTransformer
+from diffusionfm.unet import DiffusionUNet
+
+DENOISERS = {"transformer": DiffusionTransformer, "unet": DiffusionUNet}
+PROMPTS = (
+    "red heart, smiling face, cat, dog, tree, house, car, apple, sun, star, "
+    "fish, flower, rocket, pizza, guitar, crown, umbrella, ghost, robot, dragon"
+).split(", ")
+
+
+@dataclass
+class SampleConfig:
+    """How the sample grids are drawn, and what the saved pipeline takes as its defaults."""
+
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))
+    steps: int = 20
+    guidance: float = 4.0
+    shift: float = 1.0
+
+
+@dataclass
+class DenoiserConfig:
+    """Keys of a denoiser run. `denoiser` goes to the network's constructor, `objective` to FlowMatching(**objective)."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    needs: dict[str, str] = field(default_factory=dict)
+    kind: str = "transformer"  # or unet
+    denoiser: dict = field(default_factory=dict)
+    objective: dict = field(default_factory=dict)
+    vae: str = "runs/icons/vae/vae"
+    text_encoder: str = "runs/icons/text_encoder/text_encoder"
+    tokenizer: str = "runs/icons/tokenizer/tokenizer"
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    validation_latents: int = 512
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train, draw grids and measure the held-out loss on the way, save RUN/pipeline/; returns the run folder."""
+    cfg = parse_args(DenoiserConfig, argv, __doc__, "python train/denoiser.py configs/icons/denoiser.yaml")
+    with user_errors():
+        if cfg.kind not in DENOISERS:
+            raise ValueError(f"kind is one of {', '.join(DENOISERS)}, not {cfg.kind!r}")
+        torch.manual_seed(cfg.trainer.seed)
+        vae = AutoencoderKL.from_pretrained(cfg.vae, use_safetensors=True, local_files_only=True).eval()
+        text_encoder = AutoModel.from_pretrained(
+            cfg.text_encoder, use_safetensors=True, local_files_only=True, add_pooling_layer=False
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer, local_files_only=True)
+        made_by = weights_hash(vae)
+        held_out = collate_latents(
+            fixed_samples(latent_dataset(cfg.data.shards, made_by, "heldout"), cfg.validation_latents)
+        )
+        data = latent_batches(cfg.data, made_by, cfg.trainer.batch_size, cfg.trainer.seed)
+        sizes = {"in_channels": vae.config.latent_channels, "text_dim": text_encoder.config.hidden_size}
+        denoiser = DENOISERS[cfg.kind](**{**sizes, **cfg.denoiser})
+        objective = FlowMatching(denoiser, text_encoder, tokenizer, **cfg.objective)
+        size = held_out["latent"].shape[-1] * vae.downsample
+        defaults = {
+            "steps": cfg.sample.steps, "guidance": cfg.sample.guidance, "shift": cfg.sample.shift, "height": size, "width": size,
+        }  # fmt: skip
+        pipe = build_pipeline(vae, text_encoder, tokenizer, denoiser, defaults)
+        run = Path(cfg.trainer.output_dir)
+
+        def on_sample(step: int, networks: dict) -> None:
+            draw_grid(pipe, cfg.sample.prompts).save(run / "samples" / f"{step:07d}.png")
+
+        def validate(step: int, networks: dict) -> dict[str, float]:
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.bf16):
+                return {"heldout_loss": objective.validation_loss(held_out["latent"], held_out["caption"])}
+
+        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample, validate=validate)
+        trainer.fit()
+        averaged = type(denoiser).from_pretrained(run / "transformer", use_safetensors=True, local_files_only=True)
+        build_pipeline(vae, text_encoder, tokenizer, averaged, defaults).save_pretrained(run / "pipeline")
+    return run
+
+
+def draw_grid(pipe: DiffusionFMPipeline, prompts: list[str]):
+    """A labelled sheet: the first seed of each prompt, over a checkerboard."""
+    pictures = pipe(prompts, seed=0).images
+    return contact_sheet(pictures, labels=prompts, columns=min(len(prompts), 10))
+
+
+if __name__ == "__main__":
+    main()
