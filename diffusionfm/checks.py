@@ -1,0 +1,215 @@
+"""What may be asked for and what may be loaded: limits of a request and of a model folder. Imports no torch.
+
+Every check runs before any work and raises ValueError, one line with the fix in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+STEPS = (1, 500)
+GUIDANCE = (0.0, 50.0)
+SIZE = (32, 1024)
+SIZE_MULTIPLE = 16
+SEED = (0, 2**63 - 1)
+IMAGES = (1, 1000)
+PROMPT_LENGTH = 10_000
+
+SHIPPED = Path(__file__).parent / "weights" / "icons"
+DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 4.0, "height": 128, "width": 128, "shift": 1.0}
+
+# The only classes a model folder may name: the folder is data, it does not choose what code runs.
+COMPONENTS: dict[str, set[tuple[str, str]]] = {
+    "vae": {("diffusionfm.autoencoder", "AutoencoderKL")},
+    "text_encoder": {("transformers", "BertModel"), ("transformers", "CLIPTextModel")},
+    "tokenizer": {("transformers", "PreTrainedTokenizerFast"), ("transformers", "TokenizersBackend")},
+    "transformer": {
+        ("diffusionfm.transformer", "DiffusionTransformer"),
+        ("diffusionfm.unet", "DiffusionUNet"),
+    },
+    "scheduler": {("diffusers", "FlowMatchEulerDiscreteScheduler")},
+}
+WEIGHTS = {
+    "vae": "diffusion_pytorch_model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+OTHER_FILES = {"tokenizer": "tokenizer.json", "scheduler": "scheduler_config.json"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+# ------------------------------------------------------------------ a request
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    return value
+
+
+def check_seed(seed: Any, images: int = 1) -> int:
+    """A seed whose `images` successors are valid too: picture k of a prompt uses seed + k."""
+    return _whole("seed", seed, SEED[0], SEED[1] - images + 1)
+
+
+def check_prompt(prompt: Any, name: str = "prompt") -> str:
+    """A prompt that says something; a negative prompt may be empty."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{name} must be text, got {type(prompt).__name__}")
+    if name == "prompt" and not prompt.strip():
+        raise ValueError("the prompt is empty: say what to draw")
+    if len(prompt) > PROMPT_LENGTH:
+        raise ValueError(f"{name} has {len(prompt):,} characters: shorten it to {PROMPT_LENGTH:,} or fewer")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"{name} is not valid Unicode (a lone surrogate): save the text as UTF-8")
+    return prompt
+
+
+def check_settings(
+    *,
+    steps: Any = None,
+    guidance: Any = None,
+    height: Any = None,
+    width: Any = None,
+    num_images: Any = None,
+) -> None:
+    """Check the settings that are not None: steps, guidance, size and the number of pictures."""
+    if steps is not None:
+        _whole("steps", steps, *STEPS)
+    if num_images is not None:
+        _whole("the number of images", num_images, *IMAGES)
+    if guidance is not None:
+        number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
+        if not number or not math.isfinite(guidance) or not GUIDANCE[0] <= guidance <= GUIDANCE[1]:
+            raise ValueError(f"guidance must be a number from 0 to 50, got {guidance!r}")
+    for name, value in (("height", height), ("width", width)):
+        if value is None:
+            continue
+        _whole(name, value, *SIZE)
+        if value % SIZE_MULTIPLE:
+            near = max(SIZE[0], round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE}, got {value}: try {near}")
+
+
+# ------------------------------------------------------------------ a model folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file, or ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: point --model at a folder written by save_pretrained")
+    if path.stat().st_size > 2**20:
+        raise ValueError(f"{path} is over 1 MiB: this is not a settings file of a model folder")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): copy the model folder again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: copy the model folder again")
+    return value
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """generation.json: {steps, guidance, height, width, shift}; a missing file or key takes DEFAULTS."""
+    path = folder / "generation.json"
+    found = read_json(path) if path.exists() else {}
+    unknown = sorted(set(found) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}, the keys are {', '.join(DEFAULTS)}")
+    defaults = DEFAULTS | found
+    check_settings(**{key: defaults[key] for key in ("steps", "guidance", "height", "width")})
+    shift = defaults["shift"]
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0.01 <= shift <= 100:
+        raise ValueError(f"{path}: shift must be a number from 0.01 to 100, got {shift!r}")
+    return defaults
+
+
+def check_model(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of a pipeline that is safe and complete enough to load; None is the shipped model.
+
+    Raises ValueError when the folder, a file or a weight is missing, when weights are pickled, cut short
+    or of a class outside COMPONENTS. Nothing is downloaded and nothing from the folder is run.
+    """
+    folder = SHIPPED if path is None else Path(path)
+    if not folder.is_dir():
+        if path is None:
+            raise ValueError(
+                f"the shipped model is missing at {folder}: install the package again, or pass --model DIR"
+            )
+        raise ValueError(
+            f"no model folder at {folder}: pass a folder written by save_pretrained (nothing is downloaded)"
+        )
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "DiffusionFMPipeline":
+        raise ValueError(
+            f"{folder}/model_index.json is for {index.get('_class_name')!r}: not DiffusionFMPipeline"
+        )
+    named = {key for key in index if not key.startswith("_")}
+    if named != set(COMPONENTS):
+        odd = sorted(named ^ set(COMPONENTS))[0]
+        raise ValueError(
+            f"{folder}/model_index.json: component {odd!r} is {'unknown' if odd in named else 'missing'}; "
+            f"a model has {', '.join(COMPONENTS)}"
+        )
+    for name, allowed in COMPONENTS.items():
+        entry = index[name]
+        if (
+            not isinstance(entry, list)
+            or not all(isinstance(part, str) for part in entry)
+            or tuple(entry) not in allowed
+        ):
+            good = " or ".join(sorted(".".join(pair) for pair in allowed))
+            raise ValueError(
+                f"{folder}/model_index.json: {name} is {entry!r}, which is not allowed: it must be {good}"
+            )
+        _check_component(folder / name, name)
+    read_defaults(folder)
+    return folder
+
+
+def _check_component(folder: Path, name: str) -> None:
+    if name in OTHER_FILES:
+        read_json_file = folder / OTHER_FILES[name]
+        if not read_json_file.is_file():
+            raise ValueError(f"{read_json_file} is missing: copy the model folder again")
+        return
+    if "auto_map" in read_json(folder / "config.json"):
+        raise ValueError(
+            f"{folder}/config.json asks for remote code (auto_map), which never runs: remove that key"
+        )
+    weights = folder / WEIGHTS[name]
+    if not weights.is_file():
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickled:
+            raise ValueError(
+                f"{folder / pickled[0]} is pickled and never loaded: convert it to {weights.name}"
+            )
+        raise ValueError(
+            f"{weights} is missing: copy the model folder again, or write it with save_pretrained"
+        )
+    check_safetensors(weights)
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; ValueError when the file is cut short or is none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100 * 2**20):
+            raise ValueError(f"{path} is not a safetensors file or is cut short: copy it again")
+        try:
+            header = json.loads(file.read(length))
+            end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"{path} has a damaged safetensors header: copy it again") from error
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{path} is {size:,} bytes long where its header says {8 + length + end:,}: copy it again"
+        )
+    return header

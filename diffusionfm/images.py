@@ -1,0 +1,245 @@
+"""Pictures in and out: PNG files that carry their parameters, backgrounds, contact sheets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+from xml.sax.saxutils import escape
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+KEY = "diffusionfm"
+PARAMETERS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "steps": int,
+    "guidance": (int, float),
+    "width": int,
+    "height": int,
+    "model": str,
+    "lora": (str, list),
+    "version": str,
+}
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+MAX_TEXT = 2**20
+MAX_PIXELS = 2**28
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ xmlns:xmp="http://ns.adobe.com/xap/1.0/" Iptc4xmpExt:DigitalSourceType="{source}" xmp:CreatorTool="{tool}"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+# The words of an A1111 "parameters" line and our names for them.
+_A1111 = {
+    "Steps": ("steps", int),
+    "CFG scale": ("guidance", float),
+    "Seed": ("seed", int),
+    "Model": ("model", str),
+}
+
+
+# ------------------------------------------------------------------ files
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, sync, rename, sync of the folder."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".diffusionfm-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def encode_png(image: Image.Image, parameters: dict[str, Any] | None = None) -> bytes:
+    """PNG bytes, the same for the same picture and parameters; with None no text is left in the file.
+
+    Parameters go in three dialects: JSON under "diffusionfm", an A1111 "parameters" text, and an XMP
+    packet with IPTC's digitalSourceType trainedAlgorithmicMedia.
+    """
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        unknown = sorted(set(parameters) - set(PARAMETERS))
+        if unknown:
+            raise ValueError(f"unknown picture parameter {unknown[0]!r}: use {', '.join(PARAMETERS)}")
+        tool = f"DiffusionFM {parameters.get('version', '')}".strip()
+        info.add_text(KEY, json.dumps(parameters, ensure_ascii=True, sort_keys=True))
+        info.add_text("parameters", _clean(format_a1111(parameters)))
+        info.add_itxt(
+            "XML:com.adobe.xmp", _XMP.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
+        )
+    clean = Image.frombytes(image.mode, image.size, image.tobytes())  # no inherited metadata or encoder state
+    buffer = io.BytesIO()
+    clean.save(buffer, "PNG", pnginfo=info, compress_level=6)
+    return buffer.getvalue()
+
+
+def save_png(
+    image: Image.Image, target: str | os.PathLike[str] | BinaryIO, parameters: dict[str, Any] | None = None
+) -> None:
+    """Write `encode_png` to an open binary file, or to a path, atomically."""
+    data = encode_png(image, parameters)
+    if isinstance(target, (str, os.PathLike)):
+        write_atomic(target, data)
+    else:
+        target.write(data)
+
+
+def read_parameters(path: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
+    """The parameters a PNG carries ({} when none), from our JSON or an A1111 text. No pixel is decoded.
+
+    Unknown keys and values of a wrong type are left out: the file may come from anyone. Raises ValueError
+    when the file is no PNG, has over 2**28 pixels or over 1 MiB of text.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"the picture has {image.width} x {image.height} pixels: too large to read")
+            info = dict(image.info)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{getattr(path, 'name', path)} is not a PNG: only PNG files carry parameters"
+        ) from error
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"this PNG cannot be read safely ({error})") from error
+    text = info.get(KEY)
+    if isinstance(text, str) and len(text) <= MAX_TEXT:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict):
+            return _known(found)
+    text = info.get("parameters")
+    return _known(parse_a1111(text)) if isinstance(text, str) and len(text) <= MAX_TEXT else {}
+
+
+def _known(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: found[key]
+        for key, kind in PARAMETERS.items()
+        if isinstance(found.get(key), kind) and not isinstance(found[key], bool)
+    }
+
+
+def _clean(text: str) -> str:
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def format_a1111(parameters: dict[str, Any]) -> str:
+    """The three-line text that AUTOMATIC1111's web UI writes and most viewers read."""
+    lines = [str(parameters.get("prompt", ""))]
+    if parameters.get("negative_prompt"):
+        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    settings = [f"{word}: {parameters[key]}" for word, (key, _) in _A1111.items() if key in parameters]
+    if "width" in parameters and "height" in parameters:
+        settings.insert(min(3, len(settings)), f"Size: {parameters['width']}x{parameters['height']}")
+    settings.append(f"Version: DiffusionFM {parameters.get('version', '')}".strip())
+    return "\n".join([*lines, ", ".join(settings)])
+
+
+def parse_a1111(text: str) -> dict[str, Any]:
+    """The inverse of `format_a1111` as far as it goes; text that is not in that form is taken as a prompt."""
+    *lines, last = text.strip().split("\n")
+    if not re.match(r"\s*Steps: \d", last):
+        return {"prompt": text.strip()}
+    found: dict[str, Any] = {}
+    for word, (key, kind) in _A1111.items():
+        match = re.search(rf"(?:^|, ){word}: ([^,]{{1,100}})", last)
+        if match:
+            try:
+                found[key] = kind(match[1].strip())
+            except ValueError:
+                continue  # a field another tool wrote in its own way
+    size = re.search(r"Size: (\d{1,5})x(\d{1,5})", last)
+    if size:
+        found["width"], found["height"] = int(size[1]), int(size[2])
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    found["prompt"] = prompt
+    if negative:
+        found["negative_prompt"] = negative
+    return found
+
+
+# ------------------------------------------------------------------ looking at pictures
+
+
+def on_background(image: Image.Image, color: str) -> Image.Image:
+    """An RGB picture: `image` composited on a plain colour such as "#ffffff"."""
+    ground = Image.new("RGBA", image.size, (*ImageColor.getrgb(color)[:3], 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def checkerboard(image: Image.Image, size: int = 8) -> Image.Image:
+    """An RGB picture: `image` over grey squares of `size` pixels, so that transparency shows."""
+    tile = Image.new("RGBA", (2 * size, 2 * size), (255, 255, 255, 255))
+    for corner in ((size, 0), (0, size)):
+        tile.paste((214, 214, 214, 255), (*corner, corner[0] + size, corner[1] + size))
+    ground = Image.new("RGBA", image.size)
+    for x in range(0, image.width, tile.width):
+        for y in range(0, image.height, tile.height):
+            ground.paste(tile, (x, y))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    cell: int = 128,
+    background: str | None = None,
+) -> Image.Image:
+    """One RGB picture of all `images` in rows of `columns`, each in a `cell` px square over its label.
+
+    A transparent picture lies on a checkerboard, or on `background` ("#ffffff"). Labels are cut to fit.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one picture")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} pictures but {len(labels)} labels: give one label each")
+    columns = columns or min(len(images), max(1, round(len(images) ** 0.5)))
+    rows = -(-len(images) // columns)
+    gap, foot = 8, 18 if labels is not None else 0
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + foot + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for k, image in enumerate(images):
+        x, y = gap + k % columns * (cell + gap), gap + k // columns * (cell + foot + gap)
+        fitted = image.convert("RGBA")
+        scale = cell / max(fitted.size)
+        fitted = fitted.resize(
+            [max(1, round(side * scale)) for side in fitted.size], Image.Resampling.LANCZOS
+        )
+        shown = checkerboard(fitted) if background is None else on_background(fitted, background)
+        sheet.paste(shown, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
+        if labels is not None:
+            label = " ".join(labels[k].split())[:200]
+            while label and draw.textlength(label, font=font) > cell:
+                label = label[:-2].rstrip() + "…" if len(label) > 2 else ""
+            draw.text((x, y + cell + 2), label, fill="#333333", font=font)
+    return sheet

@@ -1,0 +1,443 @@
+"""A prompt becomes pictures: the pipeline that holds the networks, loads and saves them, and draws.
+
+Axes: b pictures in one network call, l tokens, d text width, c channels, y x rows and columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from diffusionfm import flow
+from diffusionfm.autoencoder import AutoencoderKL
+from diffusionfm.checks import (
+    COMPONENTS,
+    DEFAULTS,
+    WEIGHTS,
+    check_model,
+    check_prompt,
+    check_seed,
+    check_settings,
+    read_defaults,
+    read_json,
+)
+from diffusionfm.images import write_atomic
+from diffusionfm.text import encode_prompts, truncated_words
+
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+BATCH_SIZE = {"cpu": 8, "mps": 8, "cuda": 32}
+
+OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], bool | None]
+
+
+class Cancelled(Exception):
+    """Drawing was stopped because `on_step` returned True."""
+
+
+@dataclass
+class Pictures:
+    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Task:
+    """One picture to draw."""
+
+    prompt: str
+    negative: str
+    seed: int
+
+
+class DiffusionFMPipeline(DiffusionPipeline):
+    """Text to transparent pictures by flow matching (arXiv:2210.02747) with classifier-free guidance.
+
+    `defaults` holds steps, guidance, height, width and shift, read from the folder's generation.json.
+    Weights may be bfloat16; latents are stepped, and pictures decoded, in float32.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self.defaults: dict[str, Any] = dict(DEFAULTS)
+        self.model_name = "unnamed"
+        self.loras: dict[str, float] = {}
+        for network in (vae, text_encoder, transformer):
+            network.eval()
+
+    # -------------------------------------------------------------- loading and saving
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+    ) -> DiffusionFMPipeline:
+        """Load a pipeline folder; None is the shipped model. Nothing is downloaded, unpickled or run from it.
+
+        dtype: of the denoiser and text encoder, "float32", "bfloat16" or "auto" (see `default_dtype`).
+        device: where to run, None the CPU. Raises ValueError, one line, for a folder that cannot be used.
+        """
+        folder = check_model(path)
+        where = torch.device(device or "cpu")
+        kind = parse_dtype(dtype) or default_dtype(where)
+        index = read_json(folder / "model_index.json")
+        with _quiet():
+            parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
+        pipe = cls(**parts)
+        pipe.defaults = read_defaults(folder)
+        pipe.model_name = folder.resolve().name
+        pipe.register_to_config(_name_or_path=str(folder))
+        return pipe.to(where)
+
+    def save_pretrained(  # type: ignore[override]
+        self, path: str | os.PathLike[str], **options: Any
+    ) -> None:
+        """Write the folder that `from_pretrained` reads: safetensors, JSON and generation.json."""
+        super().save_pretrained(path, **{**options, "safe_serialization": True})
+        text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"
+        write_atomic(Path(path) / "generation.json", text.encode())
+
+    def load_lora(self, folder: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Add a LoRA, a PEFT folder of adapter_config.json and adapter_model.safetensors, at `scale`.
+
+        Several may be added. Raises ValueError when the folder is no such LoRA or was made for another model.
+        """
+        from diffusionfm.lora import add_lora
+
+        name = add_lora(self.transformer, Path(folder), scale, taken=set(self.loras))
+        self.loras[name] = scale
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
+        digest = hashlib.sha256()
+        for name in WEIGHTS:
+            for key, value in sorted(getattr(self, name).state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+    # -------------------------------------------------------------- drawing
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int | None = None,
+    ) -> Pictures:
+        """Draw `num_images` pictures of every prompt, prompt by prompt.
+
+        prompt, negative_prompt, seed: one for all, or a list, one for each prompt. Picture k of a prompt
+        uses seed + k; its noise depends on that seed and the size alone, bit for bit, whatever the batch.
+        num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
+        height and width 32-1024 in multiples of 16; None takes `defaults`.
+        on_step(step, total, preview): called after each step, with step and total counted over all batches;
+        preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
+        batch_size: pictures in a network call. Raises ValueError, before any work, for what cannot
+        be drawn, and FloatingPointError when the model's numbers overflow.
+        """
+        chosen = {
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "height": height,
+            "width": width,
+        }
+        settings: dict[str, Any] = {k: self.defaults[k] if v is None else v for k, v in chosen.items()}
+        check_settings(**settings, num_images=num_images)
+        check_settings(num_images=batch_size)
+        tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
+        batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
+        groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self._truncations(tasks))
+        words: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
+            result.images += self._draw(group, words, hook, **settings)
+        return result
+
+    def _draw(
+        self,
+        tasks: list[_Task],
+        words: dict[str, Tensor],
+        hook: _Progress,
+        *,
+        steps: int,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> list[Image.Image]:
+        velocity = self._velocity(tasks, words, float(guidance))
+        times = flow.grid(steps, self.defaults["shift"])
+        x = self.noise([task.seed for task in tasks], height, width).to(self.device)
+        x = flow.euler(velocity, x, times, on_step=hook.bind(times))
+        if not bool(torch.isfinite(x).all()):
+            raise FloatingPointError(
+                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
+            )
+        return self.decode(x)
+
+    def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
+        """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
+        shape = (self.vae.config.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
+        pixels = self.vae.decode(latents.to(self.vae.dtype)).float()
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture, "RGBA") for picture in pixels]
+
+    def _velocity(self, tasks: list[_Task], words: dict[str, Tensor], scale: float) -> flow.VelocityFn:
+        """The guided velocity field of these pictures, (b, c, y, x) and t -> (b, c, y, x), float32."""
+        prompts = [task.prompt for task in tasks] if scale != 0 else []
+        if scale != 1:
+            prompts = prompts + [task.negative for task in tasks]
+        text, mask = self._encode(prompts, words)
+        network, dtype = self.transformer, self.transformer.dtype
+        read = getattr(network, "text_keys_values", None)
+        known = {} if read is None else {"text_kv": read(text)}
+        copies = len(prompts) // len(tasks)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            t = t.to(x.device, torch.float32).expand(len(prompts))
+            v = network(x.to(dtype).repeat(copies, 1, 1, 1), t, text, mask, **known).float()
+            if copies == 1:
+                return v
+            cond, uncond = v.chunk(2)
+            return flow.guided(cond, uncond, scale)
+
+        return velocity
+
+    def _encode(self, prompts: list[str], words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Text (b, l, d) and mask (b, l). A prompt is encoded once and alone: its features know no batch."""
+        for prompt in prompts:
+            if prompt not in words:
+                text, _, _ = encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.device)
+                words[prompt] = text[0].to(self.transformer.dtype)
+        rows = [words[prompt] for prompt in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=text.device)
+        return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+
+    def _truncations(self, tasks: list[_Task]) -> list[str]:
+        found = []
+        for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
+            lost = truncated_words(self.tokenizer, prompt)
+            if lost:
+                found.append(
+                    f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
+                    f"left out: {_ends(lost)!r}"
+                )
+        return found
+
+
+# ------------------------------------------------------------------ parts of a call
+
+
+@dataclass
+class _Progress:
+    """Turns the sampler's on_step into the user's."""
+
+    pipe: DiffusionFMPipeline
+    on_step: OnStep | None
+    done: int
+    total: int
+
+    def bind(self, times: Tensor) -> flow.OnStep | None:
+        if self.on_step is None:
+            return None
+        on_step = self.on_step
+
+        def report(step: int, _: int, x: Tensor, v: Tensor) -> None:
+            def preview() -> list[Image.Image]:
+                with torch.inference_mode():
+                    return self.pipe.decode(flow.denoised(x, times[step], v))
+
+            if on_step(self.done + step, self.total, preview):
+                raise Cancelled(f"stopped at step {self.done + step} of {self.total}")
+
+        return report
+
+
+def plan_tasks(
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    num_images: int,
+) -> list[_Task]:
+    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("the list of prompts is empty: give at least one")
+    negatives = _each(negative or "", "negative prompts", len(prompts))
+    seeds = _each(seed, "seeds", len(prompts))
+    return [
+        _Task(
+            check_prompt(words),
+            check_prompt(avoid or "", "negative_prompt"),
+            check_seed(start, num_images) + k,
+        )
+        for words, avoid, start in zip(prompts, negatives, seeds, strict=True)
+        for k in range(num_images)
+    ]
+
+
+def _ends(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def _each(value: Any, name: str, count: int) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{count} prompts but {len(values)} {name}: give one, or one for each prompt")
+    return values
+
+
+# ------------------------------------------------------------------ devices and loading
+
+
+def build_pipeline(
+    vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, defaults: dict[str, Any]
+) -> DiffusionFMPipeline:
+    """A pipeline around networks in memory; `defaults` are the keys of generation.json."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    defaults = {**DEFAULTS, **defaults}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=defaults["shift"])
+    pipe = DiffusionFMPipeline(vae, text_encoder, tokenizer, transformer, scheduler)
+    pipe.defaults = defaults
+    return pipe
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A torch dtype from its name; None for "auto"."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it, float32 elsewhere: on a CPU pictures then agree whatever the batch."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps; ValueError if absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found.get(kind):
+        raise ValueError(f"no device {name!r} here: use {', '.join(k for k, v in found.items() if v)}")
+    return torch.device(name)
+
+
+def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
+    """One component, every weight from the file: a missing or surplus one is an error, never random."""
+    if name == "tokenizer":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if name == "scheduler":
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        if name == "text_encoder":
+            import transformers
+
+            if class_name == "BertModel":
+                options["add_pooling_layer"] = False
+            model, info = getattr(transformers, class_name).from_pretrained(folder, dtype=dtype, **options)
+        else:
+            kind = torch.float32 if name == "vae" else dtype
+            model, info = _model_class(class_name).from_pretrained(folder, torch_dtype=kind, **options)
+    except (ValueError, RuntimeError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder} does not load ({reason}): its config.json and weights do not fit together"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(problem) or ())
+        if keys:
+            raise ValueError(
+                f"{folder / WEIGHTS[name]} has {problem.replace('_', ' ')} ({keys[0]}): "
+                "config.json is of another model"
+            )
+    return model
+
+
+def _model_class(name: str) -> Any:
+    if name == "AutoencoderKL":
+        return AutoencoderKL
+    if name == "DiffusionUNet":
+        from diffusionfm.unet import DiffusionUNet
+
+        return DiffusionUNet
+    from diffusionfm.transformer import DiffusionTransformer
+
+    return DiffusionTransformer
+
+
+class _quiet:
+    """Hold back the libraries' loading bars and notes for a while."""
+
+    def __enter__(self) -> None:
+        self.levels = transformers_logging.get_verbosity(), diffusers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self.levels[0])
+        diffusers_logging.set_verbosity(self.levels[1])
+        if self.bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,205 @@
+"""The command line: what it draws, what it refuses, how fast it starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffusionfm.cli import build_parser, main, output_files
+from diffusionfm.images import read_parameters
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "diffusionfm.cli", *arguments], capture_output=True, text=True
+    )
+
+
+def test_generate_writes_the_picture(tiny_model, tmp_path, capsys):
+    command = ["generate", "a red apple", "--model", str(tiny_model), "--seed", "7", "--device", "cpu"]
+    assert main([*command, "-o", str(tmp_path / "new" / "apple.png")]) == 0
+    assert str(tmp_path / "new" / "apple.png") in capsys.readouterr().out
+    found = read_parameters(tmp_path / "new" / "apple.png")
+    assert (
+        found["prompt"] == "a red apple"
+        and found["seed"] == 7
+        and found["model"] == "tiny"
+        and found["steps"] == 3
+    )
+    assert main([*command, "-o", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "new" / "apple.png").read_bytes()
+    assert main([*command, "-o", str(tmp_path / "bare.png"), "--no-metadata"]) == 0
+    assert read_parameters(tmp_path / "bare.png") == {}
+
+
+def test_several_and_json(tiny_model, tmp_path, capsys):
+    command = [
+        "generate",
+        "yellow star",
+        "--model",
+        str(tiny_model),
+        "--seed",
+        "5",
+        "--n",
+        "3",
+        "--json",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main(
+            [*command, "--steps", "2", "--guidance", "1.5", "--width", "48", "-o", str(tmp_path / "star.png")]
+        )
+        == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert [image["seed"] for image in answer["images"]] == [5, 6, 7] and answer["guidance"] == 1.5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["star-1.png", "star-2.png", "star-3.png"]
+    with Image.open(tmp_path / "star-3.png") as image:
+        assert image.mode == "RGBA" and image.size == (48, 32)
+
+
+def test_output_names(tmp_path):
+    assert [p.name for p in output_files(str(tmp_path), "A red, apple!", 3, 2)] == [
+        "a-red-apple-3.png",
+        "a-red-apple-4.png",
+    ]
+    with pytest.raises(ValueError, match="must be a .png"):
+        output_files("a.jpg", "x", 0, 1)
+
+
+def test_batch_and_redraw(tiny_model, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b", "prompt": ""}\n')
+    assert (
+        main(
+            [
+                "batch",
+                str(rows),
+                "--out",
+                str(tmp_path / "out"),
+                "--model",
+                str(tiny_model),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 1
+    )
+    assert "1 made, 0 already there, 1 failed" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[-1])
+    again = ["generate", "fish", "--seed", str(record["seed"]), "-o", str(tmp_path / "again.png")]
+    assert record["status"] == "ok"
+    assert main([*again, "--model", str(tiny_model), "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "again.png") as one, Image.open(tmp_path / "out" / "a.png") as two:
+        assert one.tobytes() == two.tobytes()
+
+
+BAD = {
+    "empty prompt": (["generate", " "], "prompt is empty"),
+    "steps": (["generate", "x", "--steps", "0"], "steps must be from 1 to 500"),
+    "word for a number": (["generate", "x", "--steps", "many"], "invalid int value"),
+    "size": (["generate", "x", "--width", "100"], "multiple of 16"),
+    "guidance": (["generate", "x", "--guidance", "nan"], "guidance must be"),
+    "seed": (["generate", "x", "--seed", "-1"], "seed must be"),
+    "n": (["generate", "x", "--n", "0"], "number of images"),
+    "suffix": (["generate", "x", "-o", "a.jpg"], "must be a .png"),
+    "model": (["generate", "x", "--model", "nowhere"], "no model folder at nowhere"),
+    "lora": (["generate", "x", "--model", "MODEL", "--lora", "nowhere:0.5"], "no LoRA folder at nowhere"),
+    "lora scale": (["generate", "x", "--model", "MODEL", "--lora", "nowhere:x"], "DIR:scale"),
+    "dtype": (["generate", "x", "--dtype", "int8"], "invalid choice"),
+    "flag": (["generate", "x", "--stpes", "3"], "unrecognized arguments"),
+    "command": (["generat", "x"], "invalid choice"),
+    "no command": ([], "required"),
+    "rows": (["batch", "none.jsonl", "--out", "OUT"], "no such file"),
+    "no rows": (["batch", "EMPTY", "--out", "OUT"], "holds no prompt"),
+    "batch size": (["batch", "EMPTY", "--out", "OUT", "--batch-size", "0"], "must be from 1"),
+    "port": (["demo", "--port", "99999"], "port"),
+    "pictures": (["finetune", "nowhere", "--out", "OUT"], "no such folder"),
+    "config": (["shards", "build", "none.yaml", "--out", "OUT"], "no such config"),
+    "no shards": (["shards", "verify", "FOLDER"], "shard"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line_and_exit_2(name, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    places = {"MODEL": str(tiny_model), "OUT": "out", "EMPTY": "empty.txt", "FOLDER": "folder"}
+    arguments, words = BAD[name]
+    try:
+        code = main([places.get(word, word) for word in arguments])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.png"))
+
+
+def test_device_that_is_not_here(tiny_model, capsys):
+    assert main(["generate", "x", "--model", str(tiny_model), "--device", "abacus"]) == 2
+    assert "no device 'abacus'" in capsys.readouterr().err
+
+
+def test_every_help_has_examples(capsys):
+    for words in (
+        "",
+        "generate",
+        "batch",
+        "finetune",
+        "demo",
+        "shards",
+        "shards build",
+        "shards pack",
+        "shards inspect",
+        "shards verify",
+        "shards attribution",
+    ):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([*words.split(), "--help"])
+        assert stop.value.code == 0
+        assert "examples:\n  diffusionfm" in capsys.readouterr().out
+
+
+def test_help_version_and_errors_import_nothing_heavy():
+    code = "import sys, diffusionfm.cli as c\ntry: c.main({})\nexcept SystemExit: pass\n"
+    code += "print([m for m in {} if m in sys.modules])"
+    heavy = ["torch", "numpy", "diffusers", "transformers", "gradio", "pyarrow"]
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["generate", "x", "--steps", "0"],
+        ["generate", "x", "--model", "no"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments, heavy)], capture_output=True, text=True
+        )
+        assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
+    assert run("--version").stdout.startswith("diffusionfm ")
+
+
+def test_pack_then_look(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(3):
+        Image.new("RGBA", (40, 40), (80 * k, 0, 0, 255)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text(f"square {k}")
+    shards = str(tmp_path / "shards")
+    assert main(["shards", "pack", str(pictures), "--out", shards, "--size", "32"]) == 0
+    assert main(["shards", "verify", shards]) == 0
+    capsys.readouterr()
+    assert main(["shards", "inspect", shards, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    assert (tmp_path / "shards" / "contact_sheet.png").is_file()
+    assert main(["shards", "attribution", shards]) == 0
+    assert capsys.readouterr().out.startswith("# Attribution")
+    tar = next((tmp_path / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:3000])
+    assert main(["shards", "verify", shards]) == 1
+    assert tar.name in capsys.readouterr().out
