@@ -1,0 +1,147 @@
+"""What the Create tab shows: its components and where they stand. What they do is in create.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from diffusionfm.colors import COLORS
+
+from . import cards
+from .request import AS_WRITTEN, MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, NOTHING, STYLES
+
+ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+TELL = """element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-value]');
+  if (button) trigger('click', {value: button.dataset.value});
+});"""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The components of the tab, by name."""
+
+    prompt: gr.Textbox
+    generate: gr.Button
+    cancel: gr.Button
+    background: gr.Radio
+    style: gr.Dropdown
+    count: gr.Slider
+    seed: gr.Number
+    dice: gr.Button
+    reuse: gr.Button
+    fresh: gr.Checkbox
+    negative: gr.Textbox
+    steps: gr.Slider
+    guidance: gr.Slider
+    stage: gr.HTML
+    status: gr.HTML
+    said: gr.HTML
+    lessons: gr.HTML
+    last: gr.State
+
+
+def lay_out(defaults: Mapping[str, Any]) -> Controls:
+    """Place every component inside the open Blocks; `defaults` are the model's steps and guidance."""
+    with gr.Row(
+        elem_classes="desk", equal_height=False
+    ):  # a grid in style.css: on a phone pictures follow the prompt
+        with gr.Column(min_width=240, elem_classes=["sheet", "ask"]):
+            parts = _asking()
+        with gr.Column(min_width=240, elem_classes=["sheet", "tune"]):
+            parts |= _looks() | _seeds() | _settings(defaults)
+        with gr.Column(min_width=240, elem_classes="easel"):
+            parts["stage"] = gr.HTML(cards.empty(), elem_id="stage", js_on_load=TELL)
+            parts["status"] = gr.HTML("", elem_id="status")
+            parts["said"] = gr.HTML(
+                "", elem_id="announcer", elem_classes="visually-hidden", js_on_load=ANNOUNCE
+            )
+    parts["lessons"] = gr.HTML(cards.examples(), elem_id="lessons", js_on_load=TELL)
+    return Controls(**parts, last=gr.State(None))
+
+
+def _asking() -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "prompt": gr.Textbox(
+            label="Prompt",
+            placeholder="a red apple",
+            lines=2,
+            max_lines=6,
+            autofocus=True,
+            max_length=MAX_PROMPT,
+            elem_id="prompt",
+        )
+    }
+    with gr.Row(elem_classes="actions"):
+        parts["generate"] = gr.Button(
+            "Generate", variant="primary", size="lg", scale=3, min_width=120, elem_id="generate"
+        )
+        parts["cancel"] = gr.Button(
+            "Cancel", size="lg", scale=1, min_width=90, interactive=False, elem_id="cancel"
+        )
+    return parts
+
+
+def _looks() -> dict[str, Any]:
+    return {
+        "background": gr.Radio(
+            [NOTHING, *COLORS],
+            value=NOTHING,
+            label="Background",
+            elem_id="background",
+            elem_classes="swatches",
+        ),
+        "style": gr.Dropdown([AS_WRITTEN, *STYLES], value=AS_WRITTEN, label="Style", elem_id="style"),
+        "count": gr.Slider(1, MAX_COUNT, value=4, step=1, label="Pictures", elem_id="count"),
+    }
+
+
+def _seeds() -> dict[str, Any]:
+    with gr.Row(elem_classes="seeds"):
+        number = gr.Number(
+            0,
+            label="Seed",
+            precision=0,
+            minimum=0,
+            maximum=MAX_SEED,
+            min_width=110,
+            scale=3,
+            elem_id="seed",
+        )
+        small: dict[str, Any] = {"size": "sm", "min_width": 76, "scale": 1}
+        dice = gr.Button("Dice", elem_id="dice", elem_classes="glyph dice", **small)
+        reuse = gr.Button("Reuse", elem_id="reuse", elem_classes="glyph reuse", **small)
+    fresh = gr.Checkbox(True, label="A new seed for every drawing", elem_id="fresh", container=False)
+    return {"seed": number, "dice": dice, "reuse": reuse, "fresh": fresh}
+
+
+def _settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    with gr.Accordion("More settings", open=False, elem_id="more"):
+        negative = gr.Textbox(
+            label="Leave out",
+            placeholder="what should not be in it",
+            max_length=MAX_PROMPT,
+            elem_id="negative",
+        )
+        steps = gr.Slider(
+            1,
+            MAX_STEPS,
+            value=defaults["steps"],
+            step=1,
+            label="Steps",
+            elem_id="steps",
+            info="More steps draw finer and take longer.",
+        )
+        guidance = gr.Slider(
+            0,
+            MAX_GUIDANCE,
+            value=defaults["guidance"],
+            step=0.1,
+            label="Guidance",
+            elem_id="guidance",
+            info="Higher follows the prompt more closely and varies less.",
+        )
+    return {"negative": negative, "steps": steps, "guidance": guidance}

@@ -1,0 +1,199 @@
+"""The studio in a real headless Chromium: someone types a prompt, gets pictures, cancels, downloads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+WATCH_BAR = """window.steps = []; new MutationObserver(() => {
+  const bar = document.querySelector('.bar'); if (bar) window.steps.push(+bar.ariaValueNow);
+}).observe(document.querySelector('#status'), {childList: true, subtree: true});"""
+PICTURE = ".card img[alt*='seed']"
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_model, tmp_path_factory):
+    """The address of `python -m demo.app`, serving a real tiny model that takes its time."""
+    folder = tmp_path_factory.mktemp("studio") / "tiny"
+    shutil.copytree(tiny_model, folder)
+    settings = {"steps": 12, "guidance": 3.0, "height": 128, "width": 128, "shift": 1.0}
+    (folder / "generation.json").write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder.with_suffix(".log")
+    command = [
+        sys.executable,
+        "-m",
+        "demo.app",
+        "--port",
+        str(port),
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
+    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as server:
+        url = f"http://127.0.0.1:{port}/"
+        try:
+            wait_for(url, server, log)
+            yield url
+        finally:
+            server.terminate()
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(1200):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.25)
+    pytest.fail(f"the studio did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, studio):
+    """A fresh visitor. At the end: nothing was asked of another host, and nothing went wrong on the page."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(90_000)
+    asked, errors = set(), []
+    context.on("request", lambda request: asked.add(urlsplit(request.url)))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(studio)
+    page.wait_for_selector("#generate")
+    yield page
+    context.close()
+    assert {url.hostname for url in asked if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
+    assert errors == []
+
+
+def choose_count(page, count: int) -> None:
+    field = page.locator("#count input[type=number]")
+    field.fill(str(count))
+    field.press("Tab")
+
+
+def test_a_prompt_becomes_a_picture(page, tmp_path):
+    from diffusionfm.images import read_parameters
+
+    choose_count(page, 2)
+    page.fill("#prompt textarea", "a red apple")
+    page.evaluate(WATCH_BAR)
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    assert page.locator(PICTURE).count() == 2
+    steps = page.evaluate("window.steps")
+    assert steps == sorted(steps) and any(0 < step < 12 for step in steps), steps
+    sizes = page.evaluate(
+        f'[...document.querySelectorAll("{PICTURE}")].map(i => [i.complete, i.naturalWidth])'
+    )
+    assert sizes == [[True, 128], [True, 128]]
+    seed = int(page.input_value("#seed input"))
+    with page.expect_download() as waiting:
+        page.locator(".card a[download]").nth(1).click()
+    file = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(file)
+    assert file.name == f"a-red-apple-{seed + 1}.png"
+    found = read_parameters(file)
+    assert (found["prompt"], found["seed"], found["steps"], found["width"]) == (
+        "a red apple",
+        seed + 1,
+        12,
+        128,
+    )
+    assert page.locator("#announcer [role=status]").inner_text().startswith("2 pictures drawn: a red apple")
+    page.screenshot(path=tmp_path / "studio.png", full_page=True)
+
+
+def test_a_kept_seed_draws_the_same_picture_again(page):
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "yellow star")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    first = page.get_attribute(PICTURE, "src")
+    page.click(".card button[data-value]")
+    sync_api.expect(page.locator("#fresh input")).not_to_be_checked()
+    page.click("#generate")
+    page.wait_for_selector(PICTURE, state="detached")
+    page.wait_for_selector(PICTURE)
+    assert page.get_attribute(PICTURE, "src") == first
+
+
+def test_pickers_and_examples_write_the_prompt(page):
+    choose_count(page, 1)
+    page.locator("#lessons button").first.click()
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("a red apple")
+    page.check("#background input[value='sky blue']")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    assert page.get_attribute(PICTURE, "alt").startswith("a red apple on a sky blue background")
+
+
+def test_cancel_stops_and_the_next_drawing_works(page):
+    page.click("#more > button")
+    field = page.locator("#steps input[type=number]")
+    field.fill("100")
+    field.press("Tab")
+    choose_count(page, 8)
+    page.fill("#prompt textarea", "a blue fish")
+    page.click("#generate")
+    page.wait_for_selector(".bar:not([aria-valuenow='0'])", state="attached")
+    page.click("#cancel")
+    sync_api.expect(page.locator("#status")).to_have_text("Cancelled.")
+    assert page.locator(PICTURE).count() == 0
+    choose_count(page, 1)
+    field.fill("2")
+    field.press("Tab")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+
+
+def test_an_empty_prompt_is_told_and_draws_nothing(page):
+    page.click("#generate")
+    page.wait_for_selector("text=Type a prompt first")
+    sync_api.expect(page.locator("#generate")).to_be_enabled()
+    assert page.locator(".card").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_a_phone(page, studio, theme, tmp_path):
+    page.set_viewport_size({"width": 320, "height": 700})
+    page.goto(f"{studio}?__theme={theme}")
+    page.wait_for_selector("#generate")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    below = "document.querySelector('{}').getBoundingClientRect().top"
+    tops = [page.evaluate(below.format(part)) for part in ("#generate", "#stage", "#background", "#lessons")]
+    assert tops == sorted(tops)
+    page.screenshot(path=tmp_path / f"phone-{theme}.png", full_page=True)

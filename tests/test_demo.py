@@ -1,0 +1,215 @@
+"""The studio without a browser: words, lane, exposure, and the named endpoint, all with a real tiny model."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from demo import app, cards, request
+from demo.lane import PREVIEWS, Lane, Step
+from diffusionfm.colors import COLORS
+from diffusionfm.images import read_parameters
+from diffusionfm.pipeline import Cancelled
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_pipe):
+    """The page, served on a free port while the environment does its best to open it to the world."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+        patch.setenv("GRADIO_SHARE", "True")
+        patch.setenv("GRADIO_ALLOWED_PATHS", "/")
+        patch.setenv("GRADIO_MCP_SERVER", "True")
+        blocks = app.build(tiny_pipe)
+        app.launch(blocks, free_port())
+        yield blocks
+        blocks.close()
+
+
+@pytest.fixture(scope="module")
+def client(studio):
+    return Client(studio.local_url, verbose=False)
+
+
+def status(studio, path: str) -> int:
+    try:
+        return urllib.request.urlopen(studio.local_url + path, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+# ------------------------------------------------------------------ words
+
+
+def test_pickers_put_their_words_where_the_captions_have_them():
+    assert request.compose("  a red\napple ") == "a red apple"
+    assert (
+        request.compose("a cat", "outlined emoji", "orange")
+        == "an outlined emoji of a cat on an orange background"
+    )
+    assert request.compose("a cat", "clip art") == "clip art of a cat"
+    assert all(request.compose("x", background=c).endswith(f"{c} background") for c in COLORS)
+
+
+def test_nothing_from_outside_becomes_markup():
+    bad = '<img src=x onerror="alert(1)">'
+    data = io.BytesIO()
+    Image.new("RGBA", (4, 4)).save(data, "PNG")
+    for html in (cards.results(bad, [data.getvalue()], [7]), cards.note(bad), cards.header(bad, [bad])):
+        assert "<img src=x" not in html and "&lt;img" in html
+    assert 'download="img-src-x-onerror-alert-1-7.png"' in cards.results(bad, [data.getvalue()], [7])
+
+
+def test_progress_says_step_and_time():
+    assert "Step 3 of 28 · about 5 s left" in cards.progress(3, 28, 5.2)
+    assert "about 3 min" in cards.progress(3, 28, 170)
+    assert "left" not in cards.progress(28, 28, 0.0)
+
+
+# ------------------------------------------------------------------ lane
+
+
+def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(tiny_pipe):
+    *steps, result = Lane(tiny_pipe).draw("me", "a red apple", seed=5, num_images=2, num_inference_steps=20)
+    assert [event.step for event in steps] == list(range(1, 21))
+    shown = [event.previews for event in steps if event.previews]
+    assert PREVIEWS - 2 <= len(shown) <= PREVIEWS + 3 and all(len(pictures) == 2 for pictures in shown)
+    expected = tiny_pipe("a red apple", seed=5, num_images=2, num_inference_steps=20)
+    assert [i.tobytes() for i in result.images] == [i.tobytes() for i in expected.images]
+
+
+def test_cancel_stops_within_a_step_and_frees_the_lane(tiny_pipe):
+    lane, seen = Lane(tiny_pipe), []
+    with pytest.raises(Cancelled):
+        for event in lane.draw("me", "a red apple", num_inference_steps=500):
+            seen.append(event.step)
+            if event.step == 3:
+                assert lane.cancel("me")
+                assert not lane.cancel("somebody else")
+    begun = time.monotonic()
+    *_, result = lane.draw("you", "a red apple", num_inference_steps=2)
+    assert len(result.images) == 1 and time.monotonic() - begun < 30
+    assert max(seen) < 100  # the reader may lag behind the worker, which never got near the end
+
+
+def test_cancelling_or_leaving_touches_nobody_else(tiny_pipe):
+    lane, done = Lane(tiny_pipe), {}
+    others = threading.Thread(
+        target=lambda: done.update(you=list(lane.draw("you", "yellow star", num_inference_steps=4))[-1])
+    )
+    mine = lane.draw("me", "a red apple", num_inference_steps=300)
+    assert isinstance(next(mine), Step)
+    others.start()
+    mine.close()  # what a closed page does
+    others.join(60)
+    assert len(done["you"].images) == 1
+
+
+def test_a_waiting_drawing_cancels_before_its_first_step(tiny_pipe):
+    lane = Lane(tiny_pipe)
+    assert lane.enter("first") == 0
+    assert lane.enter("second") == 1
+    assert lane.cancel("second")
+    lane.leave("first")
+    assert lane.enter("third") == 1
+    with pytest.raises(Cancelled):
+        list(lane.draw("second", "a red apple", num_inference_steps=400))
+
+
+def test_bad_settings_raise_before_any_step(tiny_pipe):
+    with pytest.raises(ValueError, match="steps"):
+        list(Lane(tiny_pipe).draw("me", "a red apple", num_inference_steps=0))
+
+
+# ------------------------------------------------------------------ exposure
+
+
+def test_no_environment_variable_opens_the_studio(studio):
+    assert studio.server_name == "127.0.0.1" and studio.share_url is None and studio.allowed_paths == []
+    assert not studio.mcp_server and not studio.analytics_enabled
+    assert status(studio, "") == 200
+
+
+def test_no_file_of_the_machine_is_served(studio):
+    for path in ("/etc/passwd", "../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", app.__file__):
+        assert status(studio, f"gradio_api/file={path}") in (403, 404)
+    assert status(studio, "monitoring/summary") in (403, 404)
+
+
+def test_every_setting_a_variable_could_change_is_stated():
+    for name in (
+        "server_name",
+        "share",
+        "allowed_paths",
+        "blocked_paths",
+        "mcp_server",
+        "root_path",
+        "run_history",
+        "ssr_mode",
+    ):
+        assert app.LAUNCH[name] is not None, name
+    assert app.LAUNCH["enable_monitoring"] is False and app.LAUNCH["max_file_size"]
+
+
+def test_a_taken_port_and_an_absurd_one_are_user_errors(tiny_model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="is taken"):
+            app.main(taken.getsockname()[1], model=str(tiny_model), device="cpu")
+    with pytest.raises(ValueError, match="port must be"):
+        app.main(70000)
+
+
+# ------------------------------------------------------------------ the endpoint
+
+
+def test_the_endpoint_gives_the_pictures_their_parameters_and_seeds(client, tiny_pipe):
+    files, seeds = client.predict("a blue fish", seed=11, steps=2, count=2, api_name="/generate")
+    assert seeds == [11, 12]
+    expected = tiny_pipe("a blue fish", seed=11, num_inference_steps=2, num_images=2).images
+    for entry, seed, image in zip(files, seeds, expected, strict=True):
+        with Image.open(entry["image"]) as found:
+            assert found.mode == "RGBA" and found.tobytes() == image.tobytes()
+        parameters = read_parameters(entry["image"])
+        assert (parameters["prompt"], parameters["seed"], parameters["steps"]) == ("a blue fish", seed, 2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"steps": 10**9},
+        {"count": 0},
+        {"count": 1000},
+        {"guidance": -1},
+        {"seed": -1},
+        {"prompt": " "},
+    ],
+)
+def test_the_endpoint_refuses_bad_parameters_in_one_line(client, bad):
+    with pytest.raises(AppError) as caught:
+        client.predict(**{"prompt": "a red apple", "steps": 1} | bad, api_name="/generate")
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_only_the_endpoint_is_offered_to_programs(client):
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/generate"]
