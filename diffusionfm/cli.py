@@ -229,6 +229,9 @@ def finetune(args: argparse.Namespace) -> int:
         raise ValueError(f"no such folder: {args.data}")
     check_model(args.model)
     chosen = {name: getattr(args, name) for name in ("steps", "rank", "lr", "captions")}
+    for name in ("steps", "rank", "lr"):
+        if chosen[name] is not None and not chosen[name] > 0:
+            raise ValueError(f"{name} must be above 0, got {chosen[name]}")
     from diffusionfm.finetune import finetune as run
 
     run(
@@ -236,11 +239,15 @@ def finetune(args: argparse.Namespace) -> int:
         args.out,
         model=args.model,
         seed=args.seed,
-        progress=not args.quiet,
+        say=_silent if args.quiet else print,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     print(f'{args.out}: use it with  diffusionfm generate "..." --lora {args.out}')
     return 0
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -455,23 +462,23 @@ def _add_finetune(commands: Any) -> None:
         commands,
         "finetune",
         finetune,
-        "adapt the model to a folder of pictures and captions",
+        "adapt the model to a folder of pictures and captions; the same command again goes on where it stopped",
         "finetune my-pictures --out my-style",
         "finetune my-pictures --out my-style --steps 300 --rank 16 --captions name",
     )
-    command.add_argument("data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV")
+    command.add_argument("data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or shards")
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets the LoRA; --lora DIR uses it"
     )
     command.add_argument(
         "--model", metavar="DIR", help="the model to start from (default: the shipped model)"
     )
-    command.add_argument("--steps", type=int, help="training steps")
-    command.add_argument("--rank", type=int, help="LoRA rank")
-    command.add_argument("--lr", type=float, help="learning rate")
+    command.add_argument("--steps", type=int, help="training steps (default 300)")
+    command.add_argument("--rank", type=int, help="LoRA rank (default 16)")
+    command.add_argument("--lr", type=float, help="learning rate (default 0.001)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--captions", choices=CAPTIONS, help=_CAPTIONS_HELP)
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--quiet", action="store_true", help="no report on the pictures")
 
 
 def _add_demo(commands: Any) -> None:

@@ -1,0 +1,277 @@
+"""Fine-tuning: what it leaves, that it learns, resumes bit for bit, touches no picture, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from diffusionfm.checkpoint import listing
+from diffusionfm.cli import main
+from diffusionfm.config import load_config
+from diffusionfm.data.folder import pack_folder
+from diffusionfm.finetune import RECORD, FinetuneConfig, LoraFlowMatching, finetune, hold_out
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.trainer import TrainingDiverged
+from train.finetune import main as recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "adapter_model.safetensors"
+SHORT = {"steps": 4, "rank": 2, "batch_size": 4, "sample_every": 2, "prompts": ["a red apple"], "device": "cpu"}
+COLORS = ("red", "blue", "green", "orange")
+
+
+def draw_pictures(folder: Path, count: int = 12) -> Path:
+    """Circles in four colours, a caption beside each; every third one is opaque and not square."""
+    folder.mkdir()
+    for k in range(count):
+        opaque = k % 3 == 0
+        picture = Image.new("RGB", (40, 28), "white") if opaque else Image.new("RGBA", (32, 32))
+        ImageDraw.Draw(picture).ellipse((4 + k % 5, 4, 24, 24), fill=COLORS[k % 4])
+        picture.save(folder / f"circle {k:02d}.{'jpg' if opaque else 'png'}")
+        (folder / f"circle {k:02d}.txt").write_text(f"a {COLORS[k % 4]} circle, my style")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file of a folder: hash and time of the last change."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in files
+    }
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return draw_pictures(tmp_path_factory.mktemp("mine") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tiny_model, tmp_path_factory):
+    """(the folder of a run of four steps, what was said, the calls of progress)."""
+    out, said, calls = tmp_path_factory.mktemp("made") / "style", [], []
+    before = contents(pictures), contents(tiny_model)
+    result = finetune(pictures, out, model=tiny_model, say=said.append, progress=lambda *a: calls.append(a), **SHORT)
+    assert result == out and (contents(pictures), contents(tiny_model)) == before
+    return out, said, calls
+
+
+def test_a_run_leaves_a_lora_sheets_and_losses(made):
+    out, said, calls = made
+    assert said[0].endswith("12 pictures, 12 with a caption") and "12 from .txt files" in said[1]
+    assert "11 pictures to train on; validation loss on 1 pictures held out" in said[2]
+    assert [call[:2] for call in calls] == [(step, 4) for step in (1, 2, 3, 4)]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{k:07d}.png" for k in (0, 2, 4)]
+    with Image.open(out / "samples" / "0000004.png") as sheet:
+        assert sheet.width > 256  # the model's picture beside the adapted one
+    last = lines(out)[-1]
+    assert last["step"] == 4 and last["lora_change"] > 0
+    assert last["validation_loss"] != last["base_validation_loss"] > 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 2, "tiny")
+    assert all(key.startswith("base_model.model.blocks.") for key in load_file(out / WEIGHTS))
+    assert json.loads((out / RECORD).read_text())["held_out"]
+    assert load_config(FinetuneConfig, out / "config.yaml").rank == 2
+
+
+def test_only_the_adapter_is_checkpointed(made):
+    out, _, _ = made
+    saved = load_file(listing(out)[-1] / "lora.safetensors")
+    assert saved and all("/lora_" in key for key in saved)
+
+
+def test_generate_draws_another_picture_with_it(made, tiny_model, tmp_path):
+    out, _, _ = made
+    command = ["generate", "a red apple", "--model", str(tiny_model), "--device", "cpu", "--no-metadata"]
+    drawn = {}
+    for scale in ("", ":0", ":0.8", ":4"):
+        file = tmp_path / f"scale{scale[1:]}.png"
+        extra = ["--lora", f"{out}{scale}"] if scale else []
+        assert main([*command, *extra, "-o", str(file)]) == 0
+        drawn[scale] = file.read_bytes()
+    assert drawn[":0"] == drawn[""] and drawn[":4"] != drawn[""]
+
+
+def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+    plain = pipe("a red apple").images[0].tobytes()
+    objective = LoraFlowMatching(pipe, rank=2, alpha=3, seed=0)
+    assert pipe("a red apple").images[0].tobytes() == plain  # a new adapter changes nothing
+    torch.manual_seed(0)
+    for parameter in objective.lora.values():
+        parameter.data.normal_()
+    adapted = pipe("a red apple").images[0].tobytes()
+    with objective.base():
+        assert pipe("a red apple").images[0].tobytes() == plain
+    assert pipe("a red apple").images[0].tobytes() == adapted != plain
+    assert all(parameter.requires_grad for parameter in objective.lora.values())
+    objective.export(tmp_path)
+    fresh = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+    fresh.load_lora(tmp_path)
+    assert fresh("a red apple").images[0].tobytes() == adapted
+
+
+def test_resumed_equals_uninterrupted(made, pictures, tiny_model, tmp_path):
+    whole, _, _ = made
+    out, calls = tmp_path / "style", []
+
+    def stop_after_two(step, steps, loss):
+        calls.append(step)
+        return step == 2
+
+    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
+    assert calls == [1, 2] and lines(out)[-1]["step"] == 2
+    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
+    assert calls == [1, 2, 3, 4]
+    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
+    assert calls == [1, 2, 3, 4]
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    for name in ("0000000.png", "0000004.png"):
+        assert (out / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+    timeless = [{k: v for k, v in line.items() if not k.endswith(("_s", "seconds"))} for line in lines(out)]
+    assert timeless == [{k: v for k, v in x.items() if not k.endswith(("_s", "seconds"))} for x in lines(whole)]
+
+
+def test_it_learns(pictures, tiny_model, tmp_path):
+    settings = SHORT | {"steps": 60, "batch_size": 16, "sample_every": 0, "lr": 0.01, "rank": 8}
+    last = lines(finetune(pictures, tmp_path / "style", model=tiny_model, **settings))[-1]
+    assert last["validation_loss"] < 0.9 * last["base_validation_loss"]
+
+
+def test_shards_and_few_pictures(tiny_model, tmp_path):
+    folder = draw_pictures(tmp_path / "few", 3)
+    pack_folder(folder, tmp_path / "shards", size=48)
+    said: list[str] = []
+    finetune(tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1})
+    assert "3 pictures in 1 shards" in said[0]
+    assert "3 pictures to train on; validation loss on the training pictures" in "\n".join(said)
+
+
+def test_hold_out_follows_the_shards_or_takes_a_tenth():
+    samples = [{"key": str(k), "heldout": False} for k in range(25)]
+    train, held = hold_out(samples, seed=0)
+    assert (len(train), len(held)) == (23, 2) and hold_out(samples, seed=0) == (train, held)
+    assert hold_out(samples[:9], seed=0) == (samples[:9], [])
+    samples[3]["heldout"] = True
+    assert hold_out(samples, seed=0)[1] == [samples[3]]
+
+
+def test_captions_from_file_names(tiny_model, tmp_path):
+    folder = draw_pictures(tmp_path / "mine", 3)
+    (folder / "circle 01.txt").unlink()
+    said: list[str] = []
+    finetune(
+        folder, tmp_path / "style", model=tiny_model, captions="name", say=said.append, **SHORT | {"steps": 1}
+    )
+    assert "2 from .txt files, 1 from file names" in "\n".join(said)
+
+
+def test_another_run_in_the_same_folder_is_refused(made, pictures, tiny_model, tmp_path):
+    out = shutil.copytree(made[0], tmp_path / "style")
+    before = contents(out)
+    other = shutil.copytree(pictures, tmp_path / "other")
+    (other / "circle 01.txt").write_text("something else")
+    with pytest.raises(ValueError, match="trained on other pictures or captions"):
+        finetune(other, out, model=tiny_model, **SHORT)
+    with pytest.raises(ValueError, match="begun with rank 2, not 4"):
+        finetune(pictures, out, model=tiny_model, **SHORT | {"rank": 4})
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    pipe = DiffusionFMPipeline.from_pretrained(model)
+    pipe.transformer.patch_out.bias.data += 1
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="trained on another model"):
+        finetune(pictures, out, model=model, **SHORT)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("lr, error", [(1e-30, "changes nothing after"), (float("nan"), "lr must be")])
+def test_an_adapter_that_does_nothing(lr, error, pictures, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        finetune(pictures, tmp_path / "style", model=tiny_model, **SHORT | {"lr": lr, "steps": 1})
+
+
+def test_nan_stops_and_names_the_pictures(pictures, tiny_model, tmp_path):
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    pipe.transformer.patch_out.bias.data[0] = float("nan")
+    pipe.transformer.save_pretrained(shutil.copytree(tiny_model, tmp_path / "model") / "transformer")
+    with pytest.raises((TrainingDiverged, FloatingPointError), match="finite|loss nan"):
+        finetune(pictures, tmp_path / "style", model=tmp_path / "model", **SHORT)
+
+
+def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_path, capsys):
+    common = ["--model", str(tiny_model), "--steps", "2", "--rank", "2", "--lr", "0.001"]
+    assert main(["finetune", str(pictures), "--out", str(tmp_path / "a"), *common]) == 0
+    assert "12 with a caption" in capsys.readouterr().out
+    keys = {"data": pictures, "model": tiny_model, "rank": 2, "trainer.steps": 2}
+    keys |= {"trainer.output_dir": tmp_path / "b"}
+    config = str(ROOT / "configs/icons/finetune.yaml")
+    assert recipe([config, *(f"{key}={value}" for key, value in keys.items())]) == tmp_path / "b"
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    cfg = load_config(FinetuneConfig, config)
+    assert (cfg.rank, cfg.trainer.lr) == (FinetuneConfig().rank, FinetuneConfig().trainer.lr)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def no_captions(folder: Path) -> None:
+    for path in folder.glob("*.txt"):
+        path.unlink()
+
+
+def one_missing(folder: Path) -> None:
+    (folder / "circle 01.txt").unlink()
+
+
+def corrupt(folder: Path) -> None:
+    for path in [*folder.glob("*.png"), *folder.glob("*.jpg")]:
+        path.write_bytes(b"no picture")
+
+
+BAD = {
+    "empty folder": (empty, [], "no usable picture"),
+    "no captions": (no_captions, [], "have no caption"),
+    "no captions, skipped": (no_captions, ["--captions", "skip"], "no usable picture"),
+    "one caption missing": (one_missing, [], "circle 01.png"),
+    "corrupt": (corrupt, [], "no usable picture"),
+    "steps": (None, ["--steps", "0"], "steps must be"),
+    "too many steps": (None, ["--steps", "1000000000"], "steps must be a whole number from 1 to 100,000"),
+    "rank": (None, ["--rank", "-3"], "rank must be"),
+    "rank above width": (None, ["--rank", "64"], "narrowest layer"),
+    "lr": (None, ["--lr", "5"], "lr must be"),
+    "seed": (None, ["--seed", "-1"], "seed must be"),
+    "out in data": (None, ["--out", "mine/style"], "lie in one another"),
+    "out is the data": (None, ["--out", "mine"], "lie in one another"),
+    "out is a file": (None, ["--out", "file"], "is a file"),
+    "out holds other files": (None, ["--out", "other"], "holds other files"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line_exit_2_and_leave_nothing(name, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = draw_pictures(tmp_path / "mine", 3)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("keep me")
+    damage, arguments, words = BAD[name]
+    if damage:
+        damage(folder)
+    before = contents(tmp_path)
+    assert main(["finetune", "mine", "--out", "style", "--model", str(tiny_model), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert contents(tmp_path) == before and not (tmp_path / "style").exists()
