@@ -121,8 +121,11 @@ class Trainer:
         self.resolved_config = cfg if resolved_config is None else resolved_config
         self.on_sample, self.validate = on_sample, validate
         self.run_dir = Path(cfg.output_dir)
-        self.accelerator = Accelerator(mixed_precision="no", cpu=cfg.device == "cpu")
+        no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        self.accelerator = Accelerator(mixed_precision="no", cpu=cfg.device == "cpu" or no_gpu)  # joins gloo ranks
         self.device = self.accelerator.device
+        if hasattr(data, "split"):
+            data.split(self.accelerator.process_index, self.accelerator.num_processes)
         if cfg.device not in ("auto", self.device.type):
             raise ValueError(f"trainer.device={cfg.device} is not there, but {self.device.type} is")
         self.bf16 = cfg.precision == "bf16" or (

@@ -117,13 +117,19 @@ class Batches:
         weights: Sequence[float] | np.ndarray | None = None,
         workers: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {world} processes")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        self.dataset, self.collate, self.batch_size, self.seed, self.workers = dataset, collate, batch_size, seed, workers
+        self.split(rank, world)
+        self.order = Order(len(dataset), seed, weights)
+
+    def split(self, rank: int, world: int) -> None:
+        """Give this process the `rank`-th part of every batch; the trainer calls it once it knows its ranks."""
+        if self.batch_size % world:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {world} processes")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} must be from 0 to {world - 1}")
-        self.dataset, self.collate, self.batch_size, self.seed = dataset, collate, batch_size, seed
-        self.rank, self.world, self.workers = rank, world, workers
-        self.order = Order(len(dataset), seed, weights)
+        self.rank, self.world = rank, world
 
     def indices(self, step: int) -> list[int]:
         """The samples of this rank's part of a step."""
