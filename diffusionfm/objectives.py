@@ -189,15 +189,16 @@ class Contrastive(nn.Module):
         target = torch.arange(len(phrase), device=phrase.device) + rank() * len(phrase)
         scale = self.heads["scale"]()
         same = (phrase[:, None] == phrases[None]) & (target[:, None] != torch.arange(len(phrases), device=phrase.device))
-        to_text = (scale * picture @ texts.T).masked_fill(same, float("-inf"))
-        to_picture = (scale * text @ pictures.T).masked_fill(same, float("-inf"))
+        with torch.autocast(picture.device.type, enabled=False):  # bf16 would round logits of up to 100 to halves
+            to_text = (scale * picture @ texts.T).masked_fill(same, float("-inf"))
+            to_picture = (scale * text @ pictures.T).masked_fill(same, float("-inf"))
         contrast = (F.cross_entropy(to_text, target) + F.cross_entropy(to_picture, target)) / 2
         metrics = {"contrast": contrast.detach(), "top1": (to_text.argmax(1) == target).float().mean()}
         if self.teacher is None:
             return contrast, metrics
         distance = self._distance(batch["caption"], pooled)
         if self.words:
-            drawn = torch.randint(len(self.words), (len(phrase) // 4,)).tolist()
+            drawn = torch.randint(len(self.words), (max(1, len(phrase) // 4),)).tolist()
             words = [self.words[i] for i in drawn]
             distance = (distance + self._distance(words, encode_prompts(self.tokenizer, self.text_encoder, words)[2])) / 2
         return contrast + self.distill * distance, metrics | {"teacher_distance": distance.detach()}
@@ -222,7 +223,8 @@ class FlowMatching(nn.Module):
     """Train a denoiser to predict the velocity e - x0 of latents, given their prompts (arXiv:2209.03003).
 
     Each sample's prompt is dropped with chance `prompt_dropout`: it becomes the empty prompt, which is also what
-    classifier-free guidance calls unconditional. `times` goes to `flow.sample_times`.
+    classifier-free guidance calls unconditional. `times` goes to `flow.sample_times`. Prompts are padded to a multiple
+    of `text_multiple` tokens, so that a compiled denoiser meets few shapes.
     """
 
     def __init__(
@@ -232,10 +234,11 @@ class FlowMatching(nn.Module):
         tokenizer: PreTrainedTokenizerFast,
         prompt_dropout: float = 0.1,
         times: dict[str, float] | None = None,
+        text_multiple: int = 32,
     ):
         super().__init__()
         self.denoiser, self.text_encoder, self.tokenizer = denoiser, text_encoder.eval().requires_grad_(False), tokenizer
-        self.prompt_dropout, self.times = prompt_dropout, times or {}
+        self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple
 
     def networks(self) -> dict[str, nn.Module]:
         """The network to train and save; named as the pipeline names it."""
@@ -254,7 +257,7 @@ class FlowMatching(nn.Module):
     @torch.no_grad()
     def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Text features (b, l, d) and mask (b, l) of captions, by the frozen text encoder."""
-        text, mask, _ = encode_prompts(self.tokenizer, self.text_encoder, captions)
+        text, mask, _ = encode_prompts(self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple)
         return text, mask
 
     def error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

@@ -79,9 +79,19 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast, **config: int | float
     return BertModel(BertConfig(**settings), add_pooling_layer=False)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids (b, l) and their mask (b, l), True where a token stands; cut at the encoder's context."""
-    out = tokenizer(prompts, padding=True, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Token ids (b, l) and their mask (b, l), True where a token stands; cut at the encoder's context.
+
+    l is the longest prompt's length, rounded up to a multiple of `multiple`.
+    """
+    out = tokenizer(
+        prompts,
+        padding=True,
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        pad_to_multiple_of=multiple,
+        return_tensors="pt",
+    )
     return out["input_ids"], out["attention_mask"].bool()
 
 
@@ -110,13 +120,14 @@ def encode_prompts(
     text_encoder: nn.Module,
     prompts: list[str],
     device: torch.device | str | None = None,
+    multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of prompts: (text (b, l, d), mask (b, l), pooled (b, d)).
 
-    A prompt beyond the context is cut: `truncated_words` says what was lost, and callers must report it.
+    l is a multiple of `multiple`. A prompt beyond the context is cut: `truncated_words` says what was lost, and callers must report it.
     """
     device = device or next(text_encoder.parameters()).device
-    ids, mask = tokenize(tokenizer, prompts)
+    ids, mask = tokenize(tokenizer, prompts, multiple)
     text, pooled = encode_tokens(text_encoder, ids.to(device), mask.to(device))
     return text, mask.to(device), pooled
 

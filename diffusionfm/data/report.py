@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 from collections import Counter, defaultdict
@@ -78,14 +79,21 @@ def attribution(folder: str | os.PathLike, progress: Progress | None = None) -> 
     """ATTRIBUTION.md of a folder of shards: the licences with their totals, then a section a source."""
     metas = _metas(ShardDataset(folder, needs=()), progress)
     licences = Counter(meta.get("licence") or "not stated" for meta in metas)
-    fields = ("source", "package", "version", "licence", "attribution")
-    sources = Counter(tuple(str(meta.get(name) or "not stated") for name in fields) for meta in metas)
+    say = lambda meta, name: str(meta.get(name) or "not stated")  # noqa: E731
+    credits: dict[tuple[str, ...], Counter] = defaultdict(Counter)
+    for meta in metas:
+        credits[tuple(say(meta, n) for n in ("source", "package", "version", "licence"))][say(meta, "attribution")] += 1
     lines = ["# Attribution", "", f"The {len(metas):,} pictures of this corpus come from these sources.", ""]
     lines += ["| licence | pictures |", "|---|---:|"]
     lines += [f"| {name} | {count:,} |" for name, count in sorted(licences.items())]
-    for (source, package, version, licence, credit), count in sorted(sources.items()):
-        lines += ["", f"## {source}", "", f"* package: {package}", f"* version: {version}"]
-        lines += [f"* licence: {licence}", f"* attribution: {credit}", f"* pictures: {count:,}"]
+    for (source, package, version, licence), people in sorted(credits.items()):
+        lines += ["", f"## {source}", "", f"* package: {package}", f"* version: {version}", f"* licence: {licence}"]
+        lines += [f"* pictures: {people.total():,}"]
+        if len(people) == 1:
+            lines.append(f"* attribution: {next(iter(people))}")
+        else:
+            lines.append("* attribution, with pictures each:")
+            lines += [f"  * {html.unescape(who)}: {n:,}" for who, n in sorted(people.items())]
     return "\n".join(lines) + "\n"
 
 
