@@ -66,6 +66,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     def keep(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert mask is not None
         return torch.where(mask[b, j], score, float("-inf"))
 
     q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))

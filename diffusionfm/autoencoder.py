@@ -105,8 +105,8 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         self.register_buffer("latent_std", torch.ones(latent_channels))
         for module in self.modules():
             if isinstance(module, ResidualBlock):  # every block starts as the identity
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+                for parameter in module.conv2.parameters():
+                    nn.init.zeros_(parameter)
 
     def encode_moments(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the raw latent, each (b, c, y/8, x/8), of straight RGBA in [0, 1].

@@ -466,7 +466,9 @@ def _add_finetune(commands: Any) -> None:
         "finetune my-pictures --out my-style",
         "finetune my-pictures --out my-style --steps 300 --rank 16 --captions name",
     )
-    command.add_argument("data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or shards")
+    command.add_argument(
+        "data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or shards"
+    )
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="gets the LoRA; --lora DIR uses it"
     )

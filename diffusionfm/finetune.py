@@ -25,7 +25,7 @@ from diffusionfm.checks import check_model, check_prompt, check_seed, read_defau
 from diffusionfm.data.folder import FolderDataset, preflight, square
 from diffusionfm.data.order import Batches, Order
 from diffusionfm.data.reader import ShardDataset
-from diffusionfm.data.training import choose_caption, pixels, place
+from diffusionfm.data.training import choose_caption, pixels
 from diffusionfm.images import contact_sheet
 from diffusionfm.objectives import FlowMatching, as_float
 from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
@@ -124,11 +124,15 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     _check_record(out, known | {"data": digest})
 
     train, held_out = hold_out(samples, settings.seed)
-    where = f"{len(held_out)} pictures held out" if held_out else "the training pictures, too few to hold some out"
+    where = (
+        f"{len(held_out)} pictures held out"
+        if held_out
+        else "the training pictures, too few to hold some out"
+    )
     say(f"{len(train)} pictures to train on; validation loss on {where}")
     objective = LoraFlowMatching(pipe, cfg.rank, cfg.alpha or cfg.rank, settings.seed, **cfg.objective)
     judge = Judge(pipe, objective, held_out or train, cfg.prompts or sheet_prompts(held_out + train), out)
-    data = Batches(train, collate, settings.batch_size, settings.seed, *place(), workers=0)
+    data = Batches(train, collate, settings.batch_size, settings.seed, workers=0)
     trainer = Trainer(
         settings, objective, data, resolved_config=cfg, on_sample=judge.draw, validate=judge.validate
     )
@@ -147,14 +151,18 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
         objective.register_forward_hook(report)
     trainer.fit()
     if judge.last:
-        say(f"validation loss {judge.last['validation_loss']:.4f}, the model's own {judge.base_loss:.4f}, on {where}")
+        say(
+            f"validation loss {judge.last['validation_loss']:.4f}, the model's own {judge.base_loss:.4f}, on {where}"
+        )
     return out
 
 
 # ---- the pictures --------------------------------------------------------------------------------------------
 
 
-def open_pictures(data: str | os.PathLike, size: int, captions: str, say: Say) -> FolderDataset | ShardDataset:
+def open_pictures(
+    data: str | os.PathLike, size: int, captions: str, say: Say
+) -> FolderDataset | ShardDataset:
     """The captioned pictures of a folder, or of the shards in it; says what was found, and what was not."""
     if any(Path(data).glob("*.tar")):
         shards = ShardDataset(data)
@@ -189,11 +197,17 @@ def encode(
 
     for sample in dataset:
         meta, size = sample["meta"], pipe.defaults["height"]
-        picture = sample["picture"] if sample["picture"].size == (size, size) else square(sample["picture"], size)
+        picture = (
+            sample["picture"] if sample["picture"].size == (size, size) else square(sample["picture"], size)
+        )
         waiting.append(pixels({"picture": picture}))
         texts = meta.get("captions") or [sample["caption"]]
         samples.append(
-            {"key": meta.get("name") or sample["key"], "captions": texts, "heldout": meta.get("split") == "heldout"}
+            {
+                "key": meta.get("name") or sample["key"],
+                "captions": texts,
+                "heldout": meta.get("split") == "heldout",
+            }
         )
         digest.update(waiting[-1].numpy().tobytes() + "\0".join(["", *texts, ""]).encode())
         origins[meta.get("caption_from") or "shards"] += 1
@@ -242,7 +256,9 @@ class LoraFlowMatching(FlowMatching):
         super().__init__(pipe.transformer.requires_grad_(False), pipe.text_encoder, pipe.tokenizer, **options)
         targets = list(pipe.transformer.lora_targets)
         name = pipe.model_name
-        self.config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=name)
+        self.config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=name
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self.config, self.denoiser, adapter_name=ADAPTER)
@@ -261,7 +277,9 @@ class LoraFlowMatching(FlowMatching):
     def export(self, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as PEFT lays them out."""
         weights = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER, save_embedding_layers=False)
-        write_weights(folder / lora.WEIGHTS, {f"base_model.model.{key}": value for key, value in weights.items()})
+        write_weights(
+            folder / lora.WEIGHTS, {f"base_model.model.{key}": value for key, value in weights.items()}
+        )
         settings = {**self.config.to_dict(), "inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         write_json(folder / lora.CONFIG, plain)
@@ -283,7 +301,12 @@ class Judge:
     """Watches a LoRA learn: sheets of the model beside the adapted one, and the validation losses of both."""
 
     def __init__(
-        self, pipe: DiffusionFMPipeline, objective: LoraFlowMatching, samples: Samples, prompts: list[str], out: Path
+        self,
+        pipe: DiffusionFMPipeline,
+        objective: LoraFlowMatching,
+        samples: Samples,
+        prompts: list[str],
+        out: Path,
     ):
         self.pipe, self.objective, self.prompts, self.out = pipe, objective, prompts, out
         repeats = -(-VALIDATION_SAMPLES // len(samples))
@@ -305,7 +328,9 @@ class Judge:
         pictures = self.pipe(self.prompts, seed=0).images if step else self.base_pictures
         pairs = zip(self.base_pictures, pictures, strict=True)
         labels = [f"{who}: {prompt}" for prompt in self.prompts for who in ("model", f"step {step}")]
-        contact_sheet([picture for pair in pairs for picture in pair], labels, columns=min(4, len(labels))).save(file)
+        contact_sheet(
+            [picture for pair in pairs for picture in pair], labels, columns=min(4, len(labels))
+        ).save(file)
 
     def validate(self, step: int, networks: Any = None) -> dict[str, float]:
         """The validation losses, the same numbers for the same weights, and how far the adapter moves the output.
@@ -318,7 +343,11 @@ class Judge:
         change = float((self.output() - self.base_output).norm() / self.base_output.norm())
         if not change > 0:
             raise ValueError(f"the LoRA changes nothing after {step} steps: take a higher lr and a new --out")
-        self.last = {"validation_loss": self.loss(), "base_validation_loss": self.base_loss, "lora_change": change}
+        self.last = {
+            "validation_loss": self.loss(),
+            "base_validation_loss": self.base_loss,
+            "lora_change": change,
+        }
         return self.last
 
     def loss(self) -> float:
@@ -383,11 +412,15 @@ def _check_record(out: Path, known: dict[str, Any]) -> None:
             raise ValueError(f"{out} was trained on {what}: choose another --out, or remove that folder")
     for key, value in known.items():
         if before.get(key) != value:
-            raise ValueError(f"{out} was begun with {key} {before.get(key)}, not {value}: choose another --out")
+            raise ValueError(
+                f"{out} was begun with {key} {before.get(key)}, not {value}: choose another --out"
+            )
 
 
 def _check_rank(denoiser: Any, rank: int) -> None:
     targets = tuple(denoiser.lora_targets)
     widths = [min(m.weight.shape) for key, m in denoiser.named_modules() if key.endswith(targets)]
     if rank > min(widths):
-        raise ValueError(f"rank is {rank}, but the narrowest layer it adapts is {min(widths)} wide: take less")
+        raise ValueError(
+            f"rank is {rank}, but the narrowest layer it adapts is {min(widths)} wide: take less"
+        )

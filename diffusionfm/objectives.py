@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class Contrastive(nn.Module):
         words: Sequence[str] = (),
     ):
         super().__init__()
-        width = text_encoder.config.hidden_size
+        width = int(text_encoder.config.hidden_size)  # type: ignore[arg-type, union-attr]
         self.text_encoder, self.tokenizer, self.image_tower = text_encoder, tokenizer, image_tower
         self.heads = nn.ModuleDict({"text": nn.Linear(width, dim, bias=False)})
         self.heads["scale"] = Scale(math.log(1 / 0.07))
@@ -188,8 +188,12 @@ class Contrastive(nn.Module):
         pictures, texts, phrases = gather(picture), gather(text), gather(phrase)
         target = torch.arange(len(phrase), device=phrase.device) + rank() * len(phrase)
         scale = self.heads["scale"]()
-        same = (phrase[:, None] == phrases[None]) & (target[:, None] != torch.arange(len(phrases), device=phrase.device))
-        with torch.autocast(picture.device.type, enabled=False):  # bf16 would round logits of up to 100 to halves
+        same = (phrase[:, None] == phrases[None]) & (
+            target[:, None] != torch.arange(len(phrases), device=phrase.device)
+        )
+        with torch.autocast(
+            picture.device.type, enabled=False
+        ):  # bf16 would round logits of up to 100 to halves
             to_text = (scale * picture @ texts.T).masked_fill(same, float("-inf"))
             to_picture = (scale * text @ pictures.T).masked_fill(same, float("-inf"))
         contrast = (F.cross_entropy(to_text, target) + F.cross_entropy(to_picture, target)) / 2
@@ -200,10 +204,13 @@ class Contrastive(nn.Module):
         if self.words:
             drawn = torch.randint(len(self.words), (max(1, len(phrase) // 4),)).tolist()
             words = [self.words[i] for i in drawn]
-            distance = (distance + self._distance(words, encode_prompts(self.tokenizer, self.text_encoder, words)[2])) / 2
+            distance = (
+                distance + self._distance(words, encode_prompts(self.tokenizer, self.text_encoder, words)[2])
+            ) / 2
         return contrast + self.distill * distance, metrics | {"teacher_distance": distance.detach()}
 
     def _distance(self, texts: list[str], pooled: Tensor) -> Tensor:
+        assert self.teacher is not None
         similarity = F.cosine_similarity(self.heads["teacher"](pooled).float(), self.teacher(texts), dim=-1)
         return 1 - similarity.mean()
 
@@ -233,11 +240,15 @@ class FlowMatching(nn.Module):
         text_encoder: nn.Module,
         tokenizer: PreTrainedTokenizerFast,
         prompt_dropout: float = 0.1,
-        times: dict[str, float] | None = None,
+        times: dict[str, Any] | None = None,
         text_multiple: int = 32,
     ):
         super().__init__()
-        self.denoiser, self.text_encoder, self.tokenizer = denoiser, text_encoder.eval().requires_grad_(False), tokenizer
+        self.denoiser, self.text_encoder, self.tokenizer = (
+            denoiser,
+            text_encoder.eval().requires_grad_(False),
+            tokenizer,
+        )
         self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple
 
     def networks(self) -> dict[str, nn.Module]:
@@ -245,10 +256,12 @@ class FlowMatching(nn.Module):
         return {"transformer": self.denoiser}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: "latent" (b, c, y, x) normalised, "caption" [b]. Returns the mean squared error and its parts by time."""
+        """batch: "latent" (b, c, y, x) normalised, "caption" [b]. Returns the mean squared error, also by time."""
         x0 = batch["latent"].float()
         kept = (torch.rand(len(x0)) >= self.prompt_dropout).tolist()
-        text, mask = self.read([caption if keep else "" for caption, keep in zip(batch["caption"], kept, strict=True)])
+        text, mask = self.read(
+            [caption if keep else "" for caption, keep in zip(batch["caption"], kept, strict=True)]
+        )
         t = flow.sample_times(len(x0), **self.times).to(x0.device)
         noise = torch.randn(x0.shape).to(x0.device)
         error = self.error(x0, noise, t, text, mask)
@@ -257,7 +270,9 @@ class FlowMatching(nn.Module):
     @torch.no_grad()
     def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Text features (b, l, d) and mask (b, l) of captions, by the frozen text encoder."""
-        text, mask, _ = encode_prompts(self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple)
+        text, mask, _ = encode_prompts(
+            self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple
+        )
         return text, mask
 
     def error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
@@ -266,8 +281,10 @@ class FlowMatching(nn.Module):
         return (v.float() - flow.velocity(x0, noise)).square().mean(dim=(1, 2, 3))
 
     @torch.no_grad()
-    def validation_loss(self, latents: Tensor, captions: list[str], repeats: int = 4, batch_size: int = 128) -> float:
-        """The loss on fixed noise and evenly spread times: the same number for the same weights, comparable over a run."""
+    def validation_loss(
+        self, latents: Tensor, captions: list[str], repeats: int = 4, batch_size: int = 128
+    ) -> float:
+        """The loss on fixed noise and evenly spread times: the same weights give the same number."""
         generator = torch.Generator().manual_seed(0)
         total = 0.0
         for start in range(0, len(latents), batch_size):

@@ -79,7 +79,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
     Weights may be bfloat16; latents are stepped, and pictures decoded, in float32.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, scheduler: Any):
         super().__init__()
@@ -99,7 +99,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
     # -------------------------------------------------------------- loading and saving
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
@@ -123,9 +123,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         pipe.register_to_config(_name_or_path=str(folder))
         return pipe.to(where)
 
-    def save_pretrained(  # type: ignore[override]
-        self, path: str | os.PathLike[str], **options: Any
-    ) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write the folder that `from_pretrained` reads: safetensors, JSON and generation.json."""
         super().save_pretrained(path, **{**options, "safe_serialization": True})
         text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"

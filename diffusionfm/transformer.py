@@ -111,7 +111,7 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _read(self, text: Tensor) -> list[KeyValue]:
         text = self.text_in.with_registers(text)
-        return [block.attention.text_keys_values(text) for block in self.blocks]
+        return [block.read(text) for block in self.blocks]  # type: ignore[operator]
 
     def init_weights(self) -> None:
         """Set every weight, in this one place.
@@ -144,6 +144,10 @@ class TransformerBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation + self.bias).to(x.dtype)
         x = x + gate * self.attention(modulate(x, shift, scale), text_kv, mask, rope)
         return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+
+    def read(self, text: Tensor) -> KeyValue:
+        """This block's keys and values of projected text (b, l, w)."""
+        return self.attention.text_keys_values(text)
 
 
 class ReadingAttention(nn.Module):

@@ -55,8 +55,9 @@ class DiffusionUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
 
         def block(level: int, width_in: int, resample: str = "") -> UNetBlock:
-            attention = ReadingAttention(widths[level], heads, text_width, attention_kernel)
-            attention = attention if level in attention_levels else None
+            attention = None
+            if level in attention_levels:
+                attention = ReadingAttention(widths[level], heads, text_width, attention_kernel)
             return UNetBlock(width_in, widths[level], condition_dim, attention, grid // 2**level, resample)
 
         width, last = widths[0], len(widths) - 1
@@ -90,12 +91,12 @@ class DiffusionUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"a latent of {rows}x{columns} does not halve; use multiples of {multiple}")
 
         text = self.text_in(text)
-        text_kv = iter(text_kv or self._read(text))
+        unread = iter(text_kv or self._read(text))
         condition = F.silu(self.condition(t, text, mask))
         keys = F.pad(mask, (0, self.config.registers), value=True)
 
-        def run(block: UNetBlock, x: Tensor) -> Tensor:
-            kv = next(text_kv) if block.attention else None
+        def run(block: nn.Module, x: Tensor) -> Tensor:
+            kv = next(unread) if block.attention else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return self._gradient_checkpointing_func(block, x, condition, kv, keys)
             return block(x, condition, kv, keys)
@@ -138,8 +139,8 @@ class DiffusionUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if block.attention:
                 nn.init.zeros_(block.attention.out.weight)
         for conv in (self.conv_out, *(block.conv_out for block in self._blocks())):
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            for parameter in conv.parameters():
+                nn.init.zeros_(parameter)
 
 
 class UNetBlock(nn.Module):
@@ -172,9 +173,10 @@ class UNetBlock(nn.Module):
         inner = self.conv_in(F.silu(self.norm_in(x)))
         inner = self.norm_out(inner) * (1 + scale) + shift
         x = self.skip(x) + self.conv_out(F.silu(inner))
-        return x + self._attend(x, text_kv, mask) if self.attention else x
+        return x if text_kv is None else x + self._attend(x, text_kv, mask)
 
     def _attend(self, x: Tensor, text_kv: KeyValue, mask: Tensor) -> Tensor:
+        assert self.attention is not None and self.norm_attention is not None
         rows, columns = x.shape[-2:]
         rope = axial_rope(rows, columns, x.shape[1] // self.attention.heads, self.grid, x.device)
         tokens = rearrange(self.norm_attention(x), "b c y x -> b (y x) c")

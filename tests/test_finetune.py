@@ -23,7 +23,14 @@ from train.finetune import main as recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "adapter_model.safetensors"
-SHORT = {"steps": 4, "rank": 2, "batch_size": 4, "sample_every": 2, "prompts": ["a red apple"], "device": "cpu"}
+SHORT = {
+    "steps": 4,
+    "rank": 2,
+    "batch_size": 4,
+    "sample_every": 2,
+    "prompts": ["a red apple"],
+    "device": "cpu",
+}
 COLORS = ("red", "blue", "green", "orange")
 
 
@@ -43,7 +50,10 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
     """Every file of a folder: hash and time of the last change."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
         for path in files
     }
 
@@ -62,7 +72,9 @@ def made(pictures, tiny_model, tmp_path_factory):
     """(the folder of a run of four steps, what was said, the calls of progress)."""
     out, said, calls = tmp_path_factory.mktemp("made") / "style", [], []
     before = contents(pictures), contents(tiny_model)
-    result = finetune(pictures, out, model=tiny_model, say=said.append, progress=lambda *a: calls.append(a), **SHORT)
+    result = finetune(
+        pictures, out, model=tiny_model, say=said.append, progress=lambda *a: calls.append(a), **SHORT
+    )
     assert result == out and (contents(pictures), contents(tiny_model)) == before
     return out, said, calls
 
@@ -140,7 +152,9 @@ def test_resumed_equals_uninterrupted(made, pictures, tiny_model, tmp_path):
     for name in ("0000000.png", "0000004.png"):
         assert (out / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
     timeless = [{k: v for k, v in line.items() if not k.endswith(("_s", "seconds"))} for line in lines(out)]
-    assert timeless == [{k: v for k, v in x.items() if not k.endswith(("_s", "seconds"))} for x in lines(whole)]
+    assert timeless == [
+        {k: v for k, v in x.items() if not k.endswith(("_s", "seconds"))} for x in lines(whole)
+    ]
 
 
 def test_it_learns(pictures, tiny_model, tmp_path):
@@ -153,7 +167,9 @@ def test_shards_and_few_pictures(tiny_model, tmp_path):
     folder = draw_pictures(tmp_path / "few", 3)
     pack_folder(folder, tmp_path / "shards", size=48)
     said: list[str] = []
-    finetune(tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1})
+    finetune(
+        tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1}
+    )
     assert "3 pictures in 1 shards" in said[0]
     assert "3 pictures to train on; validation loss on the training pictures" in "\n".join(said)
 

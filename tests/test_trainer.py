@@ -341,7 +341,7 @@ def test_compiled_networks_keep_their_names_and_sample_uncompiled(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_learn_as_one(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     more = ["trainer.steps=6", "trainer.batch_size=8", "trainer.tensorboard=false", "trainer.precision=fp32"]
     command = [*launch, TOY, f"trainer.output_dir={tmp_path}", *more]
     for steps in (6, 9):
@@ -351,3 +351,4 @@ def test_two_ranks_learn_as_one(tmp_path):
         assert done.returncode == 0, done.stderr
     lines = _metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["samples"] == 72
+    assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 2

@@ -55,8 +55,12 @@ class Denoise(nn.Module):
 class ToyBatches:
     """`size` samples a step over all ranks, each a pure function of its place."""
 
-    def __init__(self, size: int = 8, rank: int = 0, world: int = 1) -> None:
-        self.places = range(rank * size // world, (rank + 1) * size // world)
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self.split(0, 1)
+
+    def split(self, rank: int, world: int) -> None:
+        self.places = range(rank * self.size // world, (rank + 1) * self.size // world)
 
     def batch(self, step: int) -> dict:
         rows = [torch.randn(4, generator=torch.Generator().manual_seed(1000 * step + i)) for i in self.places]
@@ -69,10 +73,7 @@ def main() -> None:
     objective = Denoise(Toy(cfg.width), cfg.pause)
     with user_errors():
         data = ToyBatches(cfg.trainer.batch_size)
-        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg)
-        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        trainer.data = ToyBatches(cfg.trainer.batch_size, rank, world)
-        trainer.fit()
+        Trainer(cfg.trainer, objective, data, resolved_config=cfg).fit()
 
 
 if __name__ == "__main__":

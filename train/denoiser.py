@@ -11,8 +11,15 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from diffusionfm.autoencoder import AutoencoderKL
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
-from diffusionfm.data.training import DataConfig, collate_latents, fixed_samples, latent_batches, latent_dataset
+from diffusionfm.data.training import (
+    DataConfig,
+    collate_latents,
+    fixed_samples,
+    latent_batches,
+    latent_dataset,
+)
 from diffusionfm.images import contact_sheet
+from diffusionfm.needs import make_missing, require
 from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline, build_pipeline
 from diffusionfm.trainer import Trainer, TrainerConfig
@@ -20,9 +27,9 @@ from diffusionfm.transformer import DiffusionTransformer
 from diffusionfm.unet import DiffusionUNet
 
 DENOISERS = {"transformer": DiffusionTransformer, "unet": DiffusionUNet}
-PROMPTS = (
-    "red heart, smiling face, cat, dog, tree, house, car, apple, sun, star, "
-    "fish, flower, rocket, pizza, guitar, crown, umbrella, ghost, robot, dragon"
+PROMPTS = (  # noqa: SIM905, prompts read best as one line
+    "red heart, smiling face, cat, dog, tree, house, car, apple, sun, star, fish, flower, "
+    "rocket, pizza, guitar, crown, umbrella, ghost, robot, dragon"
 ).split(", ")
 
 
@@ -38,7 +45,7 @@ class SampleConfig:
 
 @dataclass
 class DenoiserConfig:
-    """Keys of a denoiser run. `denoiser` goes to the network's constructor, `objective` to FlowMatching(**objective)."""
+    """Keys of a denoiser run. `denoiser` goes to the network, `objective` to FlowMatching(**objective)."""
 
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -59,6 +66,8 @@ def main(argv: list[str] | None = None) -> Path:
     with user_errors():
         if cfg.kind not in DENOISERS:
             raise ValueError(f"kind is one of {', '.join(DENOISERS)}, not {cfg.kind!r}")
+        make_missing(cfg.needs)
+        require(vae=cfg.vae, text_encoder=cfg.text_encoder, tokenizer=cfg.tokenizer)
         torch.manual_seed(cfg.trainer.seed)
         vae = AutoencoderKL.from_pretrained(cfg.vae, use_safetensors=True, local_files_only=True).eval()
         text_encoder = AutoModel.from_pretrained(
@@ -74,9 +83,8 @@ def main(argv: list[str] | None = None) -> Path:
         denoiser = DENOISERS[cfg.kind](**{**sizes, **cfg.denoiser})
         objective = FlowMatching(denoiser, text_encoder, tokenizer, **cfg.objective)
         size = held_out["latent"].shape[-1] * vae.downsample
-        defaults = {
-            "steps": cfg.sample.steps, "guidance": cfg.sample.guidance, "shift": cfg.sample.shift, "height": size, "width": size,
-        }  # fmt: skip
+        defaults = {key: getattr(cfg.sample, key) for key in ("steps", "guidance", "shift")}
+        defaults |= {"height": size, "width": size}
         pipe = build_pipeline(vae, text_encoder, tokenizer, denoiser, defaults)
         run = Path(cfg.trainer.output_dir)
 
@@ -87,10 +95,16 @@ def main(argv: list[str] | None = None) -> Path:
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.bf16):
                 return {"heldout_loss": objective.validation_loss(held_out["latent"], held_out["caption"])}
 
-        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample, validate=validate)
+        trainer = Trainer(
+            cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample, validate=validate
+        )
+        vae.to(trainer.device)
         trainer.fit()
-        averaged = type(denoiser).from_pretrained(run / "transformer", use_safetensors=True, local_files_only=True)
-        build_pipeline(vae, text_encoder, tokenizer, averaged, defaults).save_pretrained(run / "pipeline")
+        if trainer.accelerator.is_main_process:
+            averaged = type(denoiser).from_pretrained(
+                run / "transformer", use_safetensors=True, local_files_only=True
+            )
+            build_pipeline(vae, text_encoder, tokenizer, averaged, defaults).save_pretrained(run / "pipeline")
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.shards import ShardWriter
-from diffusionfm.data.training import pixels
+from diffusionfm.data.training import stack_pixels
+from diffusionfm.needs import make_missing, require
 
 
 @dataclass
@@ -41,8 +43,12 @@ def main(argv: list[str] | None = None) -> Path:
 
     Complete output of the same autoencoder is left as it is; that of another is replaced. Returns the run folder.
     """
-    cfg = parse_args(PrecomputeConfig, argv, __doc__, "python train/precompute.py configs/icons/precompute.yaml")
+    cfg = parse_args(
+        PrecomputeConfig, argv, __doc__, "python train/precompute.py configs/icons/precompute.yaml"
+    )
     with user_errors():
+        make_missing(cfg.needs)
+        require(vae=cfg.vae)
         vae = AutoencoderKL.from_pretrained(cfg.vae, use_safetensors=True, local_files_only=True).eval()
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
         made_by = weights_hash(vae)
@@ -53,11 +59,13 @@ def main(argv: list[str] | None = None) -> Path:
             print(f"{out} is complete: {count} latents of autoencoder {made_by}")
             return out.parent
         with ShardWriter(out, overwrite=True) as writer, tqdm(total=count, unit="picture") as bar:
-            for start in range(0, count, cfg.trainer.batch_size):
-                samples = [dataset[i] for i in range(start, min(count, start + cfg.trainer.batch_size))]
+            readable = islice(dataset, count)
+            while samples := list(islice(readable, cfg.trainer.batch_size)):
                 for sample, latent in zip(samples, encode(vae, samples), strict=True):
                     meta = {**sample["meta"], "vae": made_by}
-                    writer.write_members(sample["key"], {"safetensors": save({"latent": latent})}, sample["caption"], meta)
+                    writer.write_members(
+                        sample["key"], {"safetensors": save({"latent": latent})}, sample["caption"], meta
+                    )
                 bar.update(len(samples))
     return out.parent
 
@@ -73,7 +81,7 @@ def is_complete(folder: Path, made_by: str, count: int) -> bool:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, samples: list[dict]) -> torch.Tensor:
     """Normalised latents (b, c, y/8, x/8), float16 on the CPU, of samples of equal picture size."""
-    pictures = torch.stack([pixels(s) for s in samples]).to(vae.device).float() / 255
+    pictures = stack_pixels(samples).to(vae.device).float() / 255
     with torch.autocast(vae.device.type, torch.bfloat16):
         return vae.encode(pictures).half().cpu().contiguous()
 

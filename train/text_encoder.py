@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
-from diffusionfm.data.training import DataConfig, collate_pictures, fixed_samples, held_out_phrases, picture_batches
+from diffusionfm.data.training import (
+    DataConfig,
+    collate_pictures,
+    fixed_samples,
+    held_out_phrases,
+    picture_batches,
+)
+from diffusionfm.needs import make_missing, require
 from diffusionfm.objectives import Contrastive
 from diffusionfm.text import ImageTower, SentenceTeacher, build_text_encoder
 from diffusionfm.trainer import Trainer, TrainerConfig
@@ -42,8 +49,12 @@ class TextEncoderConfig:
 
 def main(argv: list[str] | None = None) -> Path:
     """Train and report retrieval on held-out phrases; returns the run folder."""
-    cfg = parse_args(TextEncoderConfig, argv, __doc__, "python train/text_encoder.py configs/icons/text_encoder.yaml")
+    cfg = parse_args(
+        TextEncoderConfig, argv, __doc__, "python train/text_encoder.py configs/icons/text_encoder.yaml"
+    )
     with user_errors():
+        make_missing(cfg.needs)
+        require(tokenizer=cfg.tokenizer)
         torch.manual_seed(cfg.trainer.seed)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer, local_files_only=True)
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)
@@ -52,17 +63,23 @@ def main(argv: list[str] | None = None) -> Path:
         forbidden = held_out_phrases(held_out)
         words = [w for w in teacher.vocabulary() if w not in forbidden] if teacher else []
         encoder = build_text_encoder(tokenizer, **cfg.text)
-        objective = Contrastive(encoder, tokenizer, ImageTower(**cfg.image_tower), teacher, words=words, **cfg.objective)
+        objective = Contrastive(
+            encoder, tokenizer, ImageTower(**cfg.image_tower), teacher, words=words, **cfg.objective
+        )
         judged = unlike_captions(held_out, cfg.candidates)
         run = Path(cfg.trainer.output_dir)
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             report = {**retrieval(objective, judged), "paraphrase_top1": paraphrases(objective)}
-            (run / "report.json").write_text(json.dumps({"step": step, "candidates": len(judged), **report}, indent=1))
+            (run / "report.json").write_text(
+                json.dumps({"step": step, "candidates": len(judged), **report}, indent=1)
+            )
             return {f"heldout_{name}": value for name, value in report.items()}
 
-        Trainer(cfg.trainer, objective, data, resolved_config=cfg, validate=validate).fit()
-        tokenizer.save_pretrained(run / "tokenizer")
+        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, validate=validate)
+        trainer.fit()
+        if trainer.accelerator.is_main_process:
+            tokenizer.save_pretrained(run / "tokenizer")
     return run
 
 
@@ -78,7 +95,8 @@ def unlike_captions(dataset: ShardDataset, count: int) -> list[dict]:
 def retrieval(objective: Contrastive, samples: list[dict]) -> dict[str, float]:
     """Share of pictures whose own caption comes first, and among the first five, of all the captions."""
     batch = collate_pictures(samples)
-    pictures = torch.cat([objective.embed_pictures(part) for part in batch["picture"].split(100)])
+    device = next(objective.image_tower.parameters()).device
+    pictures = torch.cat([objective.embed_pictures(part.to(device)) for part in batch["picture"].split(100)])
     captions = [s["caption"] for s in samples]
     texts = torch.cat([objective.embed_text(captions[k : k + 100])[0] for k in range(0, len(captions), 100)])
     order = (pictures @ texts.T).argsort(1, descending=True)
@@ -90,7 +108,10 @@ def retrieval(objective: Contrastive, samples: list[dict]) -> dict[str, float]:
 def paraphrases(objective: Contrastive) -> float:
     """Share of words of one's own whose nearest caption, among all of them, is the one that means the same."""
     asked, meant = list(PARAPHRASES), list(PARAPHRASES.values())
-    similarity = objective.embed_text([f"a {w}" for w in asked])[0] @ objective.embed_text([f"a {w}" for w in meant])[0].T
+    similarity = (
+        objective.embed_text([f"a {w}" for w in asked])[0]
+        @ objective.embed_text([f"a {w}" for w in meant])[0].T
+    )
     return (similarity.argmax(1).cpu() == torch.arange(len(asked))).float().mean().item()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import all_captions
+from diffusionfm.needs import make_missing
 from diffusionfm.text import train_tokenizer
 
 
@@ -33,12 +34,14 @@ def main(argv: list[str] | None = None) -> Path:
     """Write RUN/tokenizer/; the same captions give the same files. Returns the run folder."""
     cfg = parse_args(TokenizerConfig, argv, __doc__, "python train/tokenizer.py configs/icons/tokenizer.yaml")
     with user_errors():
+        make_missing(cfg.needs)
         run = Path(cfg.trainer.output_dir)
         captions = all_captions(cfg.shards)
         tokenizer = train_tokenizer(captions, cfg.vocab_size, cfg.context)
         tokenizer.save_pretrained(run / "tokenizer")
         lengths = [len(ids) for ids in tokenizer(captions[:5000])["input_ids"]]
-        print(f"{len(tokenizer)} tokens from {len(captions)} captions; a caption has {sum(lengths) / len(lengths):.1f} on average")
+        mean = sum(lengths) / len(lengths)
+        print(f"{len(tokenizer)} tokens from {len(captions)} captions; a caption has {mean:.1f} on average")
     return run
 
 

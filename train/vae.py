@@ -13,6 +13,7 @@ from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import DataConfig, collate_pictures, fixed_samples, picture_batches, pixels
 from diffusionfm.images import contact_sheet
+from diffusionfm.needs import make_missing
 from diffusionfm.objectives import Reconstruction, reconstruction_report
 from diffusionfm.trainer import Trainer, TrainerConfig
 
@@ -32,13 +33,22 @@ class VAEConfig:
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure latent statistics, judge on held-out pictures; returns the run folder."""
-    cfg = parse_args(VAEConfig, argv, __doc__, "python train/vae.py configs/icons/vae.yaml trainer.steps=2000")
+    cfg = parse_args(
+        VAEConfig, argv, __doc__, "python train/vae.py configs/icons/vae.yaml trainer.steps=2000"
+    )
     with user_errors():
+        make_missing(cfg.needs)
+        if not cfg.trainer.validate_every:
+            raise ValueError(
+                "trainer.validate_every=0: latent statistics are measured when validating; give 1 or more"
+            )
         torch.manual_seed(cfg.trainer.seed)
         vae = AutoencoderKL(**cfg.vae)
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)
         held_out = ShardDataset(cfg.data.shards, split="heldout")
-        judged = [(s["meta"].get("source", ""), pixels(s)) for s in fixed_samples(held_out, cfg.validation_pictures)]
+        judged = [
+            (s["meta"].get("source", ""), pixels(s)) for s in fixed_samples(held_out, cfg.validation_pictures)
+        ]
         shown = torch.stack([picture for _, picture in judged[:32]]).float() / 255
         run = Path(cfg.trainer.output_dir)
         statistics = collate_pictures(fixed_samples(data.dataset, cfg.statistics_pictures))["picture"]
@@ -50,11 +60,18 @@ def main(argv: list[str] | None = None) -> Path:
             return {f"heldout_{name}": value for name, value in report["all"].items() if name != "pictures"}
 
         def on_sample(step: int, networks: dict) -> None:
-            pairs = torch.stack([shown, vae.decode(vae.encode(shown.to(vae.device))).float().cpu()], 1).flatten(0, 1)
+            pairs = torch.stack(
+                [shown, vae.decode(vae.encode(shown.to(vae.device))).float().cpu()], 1
+            ).flatten(0, 1)
             contact_sheet(to_pil(pairs), columns=16).save(run / "samples" / f"{step:07d}.png")
 
         Trainer(
-            cfg.trainer, Reconstruction(vae, **cfg.objective), data, resolved_config=cfg, on_sample=on_sample, validate=validate
+            cfg.trainer,
+            Reconstruction(vae, **cfg.objective),
+            data,
+            resolved_config=cfg,
+            on_sample=on_sample,
+            validate=validate,
         ).fit()
     return run
 

@@ -119,14 +119,17 @@ class Batches:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-        self.dataset, self.collate, self.batch_size, self.seed, self.workers = dataset, collate, batch_size, seed, workers
+        self.dataset, self.collate = dataset, collate
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.split(rank, world)
         self.order = Order(len(dataset), seed, weights)
 
     def split(self, rank: int, world: int) -> None:
         """Give this process the `rank`-th part of every batch; the trainer calls it once it knows its ranks."""
         if self.batch_size % world:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be a multiple of the {world} processes")
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of the {world} processes"
+            )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} must be from 0 to {world - 1}")
         self.rank, self.world = rank, world

@@ -82,12 +82,21 @@ def attribution(folder: str | os.PathLike, progress: Progress | None = None) -> 
     say = lambda meta, name: str(meta.get(name) or "not stated")  # noqa: E731
     credits: dict[tuple[str, ...], Counter] = defaultdict(Counter)
     for meta in metas:
-        credits[tuple(say(meta, n) for n in ("source", "package", "version", "licence"))][say(meta, "attribution")] += 1
+        credits[tuple(say(meta, n) for n in ("source", "package", "version", "licence"))][
+            say(meta, "attribution")
+        ] += 1
     lines = ["# Attribution", "", f"The {len(metas):,} pictures of this corpus come from these sources.", ""]
     lines += ["| licence | pictures |", "|---|---:|"]
     lines += [f"| {name} | {count:,} |" for name, count in sorted(licences.items())]
     for (source, package, version, licence), people in sorted(credits.items()):
-        lines += ["", f"## {source}", "", f"* package: {package}", f"* version: {version}", f"* licence: {licence}"]
+        lines += [
+            "",
+            f"## {source}",
+            "",
+            f"* package: {package}",
+            f"* version: {version}",
+            f"* licence: {licence}",
+        ]
         lines += [f"* pictures: {people.total():,}"]
         if len(people) == 1:
             lines.append(f"* attribution: {next(iter(people))}")

@@ -41,13 +41,25 @@ def pixels(sample: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.array(sample["picture"])).permute(2, 0, 1)
 
 
+def stack_pixels(samples: list[dict[str, Any]]) -> torch.Tensor:
+    """The pictures of samples as uint8 (b, 4, y, x). `ValueError` when they differ in size."""
+    sizes = {s["picture"].size for s in samples}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"pictures differ in size ({', '.join(f'{x}x{y}' for x, y in sorted(sizes))}): pack them at one size"
+        )
+    return torch.stack([pixels(s) for s in samples])
+
+
 def collate_pictures(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> key, picture uint8 (b, 4, y, x), caption (one chosen for each) and phrase, lists but for the picture."""
+    """Samples -> key, picture uint8 (b, 4, y, x), caption (one chosen for each) and phrase."""
     return {
         "key": [s["key"] for s in samples],
-        "picture": torch.stack([pixels(s) for s in samples]),
+        "picture": stack_pixels(samples),
         "phrase": [s["meta"].get("phrase") or s["caption"] for s in samples],
-        "caption": [choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples],
+        "caption": [
+            choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples
+        ],
     }
 
 
@@ -58,22 +70,26 @@ def source_weights(dataset: ShardDataset, weights: dict[str, float]) -> np.ndarr
     sources = [dataset.meta(i).get("source", "") for i in range(len(dataset))]
     unknown = set(weights) - set(sources) - {"default"}
     if unknown:
-        raise ValueError(f"data.weights names {', '.join(sorted(unknown))}; these shards hold {', '.join(sorted(set(sources)))}")
+        raise ValueError(
+            f"data.weights names {', '.join(sorted(unknown))}; these shards hold {', '.join(sorted(set(sources)))}"
+        )
     default = weights.get("default", 1.0)
     return np.array([weights.get(source, default) for source in sources])
 
 
-def picture_batches(cfg: DataConfig, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Batches:
-    """Endless training batches of pictures and captions, in an order that depends on the seed alone."""
+def picture_batches(cfg: DataConfig, batch_size: int, seed: int) -> Batches:
+    """Endless training batches of pictures and captions; the trainer splits them by rank."""
     dataset = ShardDataset(cfg.shards, split="train")
     weights = source_weights(dataset, cfg.weights)
-    return Batches(dataset, collate_pictures, batch_size, seed, rank, world, weights, cfg.workers)
+    return Batches(dataset, collate_pictures, batch_size, seed, weights=weights, workers=cfg.workers)
 
 
 def fixed_samples(dataset: ShardDataset, count: int) -> list[dict[str, Any]]:
     """`count` samples spread evenly over a dataset: the same ones each time, for validation and sample grids."""
-    step = max(1, len(dataset) // count)
-    return [dataset[i] for i in range(0, len(dataset), step)][:count]
+    if count < 1:
+        raise ValueError(f"{count} samples to judge by; ask for 1 or more")
+    count = min(count, len(dataset))
+    return [dataset[k * len(dataset) // count] for k in range(count)]
 
 
 def all_captions(shards: str) -> list[str]:
@@ -98,7 +114,9 @@ def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "key": [s["key"] for s in samples],
         "latent": torch.stack([load(s["safetensors"])["latent"] for s in samples]),
-        "caption": [choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples],
+        "caption": [
+            choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples
+        ],
     }
 
 
@@ -107,12 +125,14 @@ def latent_dataset(shards: str, vae_hash: str, split: str) -> ShardDataset:
     dataset = ShardDataset(shards, split=split, needs=("safetensors", "txt"))
     made_by = dataset.meta(0).get("vae")
     if made_by != vae_hash:
-        raise ValueError(f"{shards} was made by another autoencoder ({made_by}, not {vae_hash}): run train/precompute.py again")
+        raise ValueError(
+            f"{shards} was made by another autoencoder ({made_by}, not {vae_hash}): run train/precompute.py again"
+        )
     return dataset
 
 
-def latent_batches(cfg: DataConfig, vae_hash: str, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> Batches:
-    """Endless training batches of latents and captions, in an order that depends on the seed alone."""
+def latent_batches(cfg: DataConfig, vae_hash: str, batch_size: int, seed: int) -> Batches:
+    """Endless training batches of latents and captions; the trainer splits them by rank."""
     dataset = latent_dataset(cfg.shards, vae_hash, "train")
     weights = source_weights(dataset, cfg.weights)
-    return Batches(dataset, collate_latents, batch_size, seed, rank, world, weights, cfg.workers)
+    return Batches(dataset, collate_latents, batch_size, seed, weights=weights, workers=cfg.workers)

@@ -77,12 +77,17 @@ def drawings(config: CorpusConfig) -> Iterator[tuple[src.Drawing, Package]]:
             found = src.emoji_renders(folder, source, options, emoji, config.skin_tones)
         for drawing in found:
             if drawing.licence not in src.LICENCES:
-                raise ValueError(f"source {source}: licence {drawing.licence!r} is not a permissive one; leave it out")
+                raise ValueError(
+                    f"source {source}: licence {drawing.licence!r} is not a permissive one; leave it out"
+                )
             yield drawing, packages[key]
 
 
 def samples(
-    config: CorpusConfig, report: BuildReport, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    config: CorpusConfig,
+    report: BuildReport,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Image.Image, str, dict[str, Any]]]:
     """(key, RGBA picture, caption, metadata) of the whole corpus, duplicates and empty drawings left out."""
     found = list(drawings(config))
@@ -147,7 +152,10 @@ def _variants(
 
 
 def build(
-    config_path: str | Path, out: str | Path, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    config_path: str | Path,
+    out: str | Path,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Fetch, render, caption and pack the corpus that a YAML file describes into shards at `out`."""
     from diffusionfm.data.shards import ShardWriter

@@ -44,7 +44,9 @@ def captions(
 
 def pick_ink(key: str, rng: np.random.Generator) -> str:
     """The ink of a one-colour drawing: black for a third, else any colour dark or strong enough to see."""
-    inks = [c for c in COLORS if c not in {"white", "beige", "peach", "mint", "lavender", "sky blue", "black"}]
+    inks = [
+        c for c in COLORS if c not in {"white", "beige", "peach", "mint", "lavender", "sky blue", "black"}
+    ]
     return "black" if share(f"ink:{key}") < 0.33 else str(rng.choice(inks))
 
 

@@ -13,25 +13,33 @@ TONE_SUFFIX = re.compile(r"-(medium-light|medium-dark|medium|light|dark)(-skin-t
 
 # Makers and products: a picture whose name holds one of these words is left out of the corpus.
 BRANDS = frozenset(
-    """adobe airbnb alipay amazon amd android angular apple-logo appstore arduino audible audi aws azure baidu behance
-    binance bing bitbucket bitcoin blogger bluetooth bmw bootstrap brave chatgpt chrome chromium cisco citrix cloudflare
-    codepen coinbase cpanel css3 debian dell deno discord disney docker dogecoin dribbble dropbox ebay edge-browser
-    electron ethereum etsy evernote excel expedia facebook fedora figma finder firefox flickr foursquare github gitlab gmail gnu
-    gnome google gopro gpay hangouts heroku html5 hulu ibm ikea illustrator imdb instagram intel internet-explorer
-    ios itunes java javascript jetbrains joomla jquery kakaotalk kde kickstarter kotlin lastfm lego lenovo linkedin linux litecoin
-    lyft macos mastercard mastodon mcdonalds medium-logo mercedes messenger meta microsoft midjourney mongodb monero mozilla mysql
-    myspace nasa nestle netflix netlify nginx nike nintendo node-js nodejs notion npm nvidia oculus openai opera oracle outlook
-    patreon paypal pepsi periscope perl photoshop php pinterest pixiv playstation pokemon postgresql powerpoint prestashop
-    producthunt python qq quora raspberry-pi react reddit redhat rss-logo ruby-logo safari samsung sharepoint shopify signal-app
-    sketch-app skype slack slideshare snapchat sony soundcloud spotify stackoverflow steam stripe substack swift symbian telegram tencent tesla
-    threads tiktok tinder tor-browser toyota travis trello tripadvisor tumblr twitch twitter uber ubuntu unity unreal
-    upwork vimeo visa-card vk vkontakte volkswagen vue wechat weibo whatsapp whatspp wikipedia windows-logo windows-os wordpress xbox xiaomi
-    xing yahoo yammer yandex yelp youtube zalo zapier zoom-app coca-cola cocacola starbucks tux mickey""".split()
+    """
+    adobe airbnb alipay amazon amd android angular apple-logo appstore arduino audible audi aws azure baidu
+    behance binance bing bitbucket bitcoin blogger bluetooth bmw bootstrap brave chatgpt chrome chromium
+    cisco citrix cloudflare codepen coinbase cpanel css3 debian dell deno discord disney docker dogecoin
+    dribbble dropbox ebay edge-browser electron ethereum etsy evernote excel expedia facebook fedora figma
+    finder firefox flickr foursquare github gitlab gmail gnu gnome google gopro gpay hangouts heroku html5
+    hulu ibm ikea illustrator imdb instagram intel internet-explorer ios itunes java javascript jetbrains
+    joomla jquery kakaotalk kde kickstarter kotlin lastfm lego lenovo linkedin linux litecoin lyft macos
+    mastercard mastodon mcdonalds medium-logo mercedes messenger meta microsoft midjourney mongodb monero
+    mozilla mysql myspace nasa nestle netflix netlify nginx nike nintendo node-js nodejs notion npm nvidia
+    oculus openai opera oracle outlook patreon paypal pepsi periscope perl photoshop php pinterest pixiv
+    playstation pokemon postgresql powerpoint prestashop producthunt python qq quora raspberry-pi react
+    reddit redhat rss-logo ruby-logo safari samsung sharepoint shopify signal-app sketch-app skype slack
+    slideshare snapchat sony soundcloud spotify stackoverflow steam stripe substack swift symbian telegram
+    tencent tesla threads tiktok tinder tor-browser toyota travis trello tripadvisor tumblr twitch twitter
+    uber ubuntu unity unreal upwork vimeo visa-card vk vkontakte volkswagen vue wechat weibo whatsapp
+    whatspp wikipedia windows-logo windows-os wordpress xbox xiaomi xing yahoo yammer yandex yelp youtube
+    zalo zapier zoom-app coca-cola cocacola starbucks tux mickey
+    """.split()  # noqa: SIM905, a list of words reads best as words
 )
-NOT_A_NAME = frozenset({"untitled", "unknown", "drawing", "image", "picture", "clipart", "svg", "icon", "test", "misc"})
+NOT_A_NAME = frozenset(
+    {"untitled", "unknown", "drawing", "image", "picture", "clipart", "svg", "icon", "test", "misc"}
+)
 # Trailing words that tell a drawing variant, not its content.
 VARIANT = re.compile(
-    r"(?:[-_ ](?:\d+px|\d+x\d+|flat|duo|bold|outline|outlined|filled|fill|line|solid|alternate|alt\d*|negative|color|remix|\d+))+$"
+    r"(?:[-_ ](?:\d+px|\d+x\d+|flat|duo|bold|outline|outlined|filled|fill|line|solid"
+    r"|alternate|alt\d*|negative|color|remix|\d+))+$"
 )
 
 
@@ -63,15 +71,29 @@ def is_brand(name: str) -> bool:
 
 def article(phrase: str) -> str:
     """The phrase with "a" or "an" before it, where it takes one."""
-    last = phrase.split()[-1] if phrase.split() else ""
-    head = phrase.split()[0] if phrase.split() else ""
-    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    if plural or head in {"a", "an", "the", "two", "three", "four"} or "flag of" in phrase or last in MASS or head.isdigit():
+    if not phrase.strip():
         return phrase
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    head, last = phrase.split()[0], phrase.split()[-1]
+    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    if (
+        plural
+        or head in {"a", "an", "the", "two", "three", "four"}
+        or "flag of" in phrase
+        or last in MASS
+        or head.isdigit()
+    ):
+        return phrase
+    return f"{'an' if VOWEL.match(head) else 'a'} {phrase}"
 
 
-MASS = frozenset("rice bread water fire snow rain ice sushi cheese bacon butter salt wind lightning fog money sake".split())
+# Heads that begin with a vowel's sound, not its letter: an hourglass, a unicorn.
+VOWEL = re.compile(
+    r"(?!eu|one\b|once\b|ufo|uk\b|us\b|use|usual|uni(?!n|m)|ur[aei]|utensil|uter|ute)[aeiou]|hour|honest|honou?r|heir",
+    re.I,
+)
+MASS = frozenset(
+    "rice bread water fire snow rain ice sushi cheese bacon butter salt wind lightning fog money sake".split()  # noqa: SIM905
+)
 
 
 @dataclass
@@ -109,12 +131,18 @@ class EmojiNames:
         found = [found] if isinstance(found, str) else found
         lib = extra.get(code_key(base["hexcode"]), [])
         names = [n.replace("_", " ") for n in [*found, *lib[:1]]]
-        names = [n for n in dict.fromkeys(names) if n != bare and n.isascii() and len(n) > 2 and "flag of" not in bare]
+        names = [
+            n
+            for n in dict.fromkeys(names)
+            if n != bare and n.isascii() and len(n) > 2 and "flag of" not in bare
+        ]
         keywords = [k.replace("_", " ") for k in [*base.get("tags", []), *lib[1:8]]]
         self.by_code[code] = Words(
             phrase=bare,
             names=tuple(names[:3]),
-            keywords=tuple(k for k in dict.fromkeys(keywords) if k != bare and k.isascii() and len(k) > 1)[:10],
+            keywords=tuple(k for k in dict.fromkeys(keywords) if k != bare and k.isascii() and len(k) > 1)[
+                :10
+            ],
             tone=f"{tone.group(1)} skin tone" if tone else "",
         )
         for name in [label, bare if not tone else "", *(names if not tone else [])]:
@@ -126,7 +154,13 @@ class EmojiNames:
             if code_key(code) in self.by_code:
                 return self.by_code[code_key(code)]
         key = slug(name)
-        for option in (key, key.removeprefix("flagfor"), key + "face", key.removesuffix("face"), "flagof" + key):
+        for option in (
+            key,
+            key.removeprefix("flagfor"),
+            key + "face",
+            key.removesuffix("face"),
+            "flagof" + key,
+        ):
             if option and option in self.by_slug:
                 return self.by_code[self.by_slug[option]]
         return None
@@ -142,4 +176,6 @@ def code_key(code: str) -> str:
 
 def slug(name: str) -> str:
     """A name's letters and digits only: a join key that survives separators and case."""
-    return re.sub(r"[^a-z0-9]+", "", unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode())
+    return re.sub(
+        r"[^a-z0-9]+", "", unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
+    )

@@ -20,11 +20,14 @@ def render(drawing: Drawing, size: int) -> Image.Image | None:
 
     The picture is cropped to the drawn box, centred and padded by 4 % so that every source fills its square alike.
     """
+    picture: Image.Image | None
     if drawing.file and not drawing.file.endswith(".svg"):
         with Image.open(drawing.file) as image:
             picture = image.convert("RGBA")
     else:
-        picture = _svg(drawing.svg or Path(drawing.file).read_text(encoding="utf-8", errors="replace"), size * OVERSAMPLE)
+        picture = _svg(
+            drawing.svg or Path(drawing.file).read_text(encoding="utf-8", errors="replace"), size * OVERSAMPLE
+        )
     return None if picture is None else fit(picture, size)
 
 
@@ -45,12 +48,23 @@ def _svg(svg: str, size: int) -> Image.Image | None:
 
 
 def _cairo(svg: str, size: int) -> bytes:
-    import cairosvg
     from xml.etree.ElementTree import ParseError
+
+    import cairosvg
 
     try:
         return cairosvg.svg2png(bytestring=svg.encode(), output_width=size, unsafe=False)
-    except (ValueError, ParseError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, OSError, MemoryError):
+    except (
+        ValueError,
+        ParseError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ZeroDivisionError,
+        OSError,
+        MemoryError,
+    ):
         return b""  # a malformed drawing: left out and counted by the caller
 
 

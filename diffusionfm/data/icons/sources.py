@@ -46,7 +46,9 @@ def share(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def iconify(folder: Path, source: str, options: dict, emoji: EmojiNames, skin_tones: float) -> Iterator[Drawing]:
+def iconify(
+    folder: Path, source: str, options: dict, emoji: EmojiNames, skin_tones: float
+) -> Iterator[Drawing]:
     """The icons of one Iconify set (`json/NAME.json`)."""
     data = json.loads((folder / "json" / f"{source}.json").read_text(encoding="utf-8"))
     info = data["info"]
@@ -54,12 +56,26 @@ def iconify(folder: Path, source: str, options: dict, emoji: EmojiNames, skin_to
     author = info["author"]["name"]
     attribution = f"{info['name']} by {author}"
     codes = _codes_by_name(folder, source, data)
-    brands = {n for c, names in data.get("categories", {}).items() if re.search("brand|logo", c, re.I) for n in names}
+    brands = {
+        n
+        for c, names in data.get("categories", {}).items()
+        if re.search("brand|logo", c, re.I)
+        for n in names
+    }
     count = 0
     for name, icon in data["icons"].items():
-        if icon.get("hidden") or name in brands or is_brand(name) or _is_duplicate_variant(source, name, data["icons"]):
+        if (
+            icon.get("hidden")
+            or name in brands
+            or is_brand(name)
+            or _is_duplicate_variant(source, name, data["icons"])
+        ):
             continue
-        if TONE_SUFFIX.search(name) and options["kind"] == "emoji" and share(f"tone:{source}:{name}") >= skin_tones:
+        if (
+            TONE_SUFFIX.search(name)
+            and options["kind"] == "emoji"
+            and share(f"tone:{source}:{name}") >= skin_tones
+        ):
             continue
         words = _words(name, options["kind"], emoji, codes.get(name))
         if words is None or JUNK.search(words.phrase) or is_brand(words.phrase):
@@ -92,7 +108,9 @@ def _codes_by_name(folder: Path, source: str, data: dict) -> dict[str, list[str]
     """Icon name -> code points; a set without code points borrows those of its flat sibling."""
     chars = data.get("chars")
     if not chars and source.startswith("fluent-emoji"):
-        chars = json.loads((folder / "json/fluent-emoji-flat.json").read_text(encoding="utf-8")).get("chars", {})
+        chars = json.loads((folder / "json/fluent-emoji-flat.json").read_text(encoding="utf-8")).get(
+            "chars", {}
+        )
     found: dict[str, list[str]] = {}
     for code, name in (chars or {}).items():
         found.setdefault(name, []).append(code)
@@ -113,7 +131,9 @@ def _words(name: str, kind: str, emoji: EmojiNames, codes: list[str] | None) -> 
     return Words(phrase)
 
 
-def emoji_renders(folder: Path, source: str, options: dict, emoji: EmojiNames, skin_tones: float) -> Iterator[Drawing]:
+def emoji_renders(
+    folder: Path, source: str, options: dict, emoji: EmojiNames, skin_tones: float
+) -> Iterator[Drawing]:
     """The ready 256-pixel pictures of a package whose files are named by code point."""
     for file in sorted((folder / "assets").glob("*.webp")):
         words = emoji.find("", [file.stem])
@@ -122,7 +142,14 @@ def emoji_renders(folder: Path, source: str, options: dict, emoji: EmojiNames, s
         if words.tone and share(f"tone:{source}:{file.stem}") >= skin_tones:
             continue
         yield Drawing(
-            source, file.stem, words, options["style"], "color", options["licence"], options["attribution"], file=str(file)
+            source,
+            file.stem,
+            words,
+            options["style"],
+            "color",
+            options["licence"],
+            options["attribution"],
+            file=str(file),
         )
 
 
@@ -131,14 +158,23 @@ def clipart(folder: Path, source: str, options: dict) -> Iterator[Drawing]:
     root = folder / "usr/share/openclipart/svg"
     found = []
     for file in sorted(root.rglob("*.svg")):
-        if file.is_symlink() or not file.is_file() or "special" in file.parts or "signs_and_symbols/brands" in str(file):
+        if (
+            file.is_symlink()
+            or not file.is_file()
+            or "special" in file.parts
+            or "signs_and_symbols/brands" in str(file)
+        ):
             continue
         found.append((file, *_rdf(file)))
     repeated = {title for title, n in Counter(clean(title) for _, title, *_ in found).items() if n >= 3}
     for file, title, author, keywords, public in found:
         if not public:
             continue
-        stem = re.sub(r"_[a-z]+(_[a-z.]+)*_?(_\d+)?$", "", file.stem) if author and "_" in file.stem else file.stem
+        stem = (
+            re.sub(r"_[a-z]+(_[a-z.]+)*_?(_\d+)?$", "", file.stem)
+            if author and "_" in file.stem
+            else file.stem
+        )
         phrase = clean(title)
         if not phrase or phrase in repeated or len(phrase) > 48 or phrase in NOT_A_NAME:
             phrase = clean(stem)
@@ -147,18 +183,44 @@ def clipart(folder: Path, source: str, options: dict) -> Iterator[Drawing]:
             continue
         if SERIES.search(str(file)) and share(f"series:{file.name}") > 0.1:
             continue
-        noise = {clean(author), "", "externalsource", "clip art", "clipart", "image", "media", "png", "svg", "public domain"}
-        names = [k for k in dict.fromkeys(clean(k) for k in keywords) if k not in noise and len(k) < 24 and k != phrase]
+        noise = {
+            clean(author),
+            "",
+            "externalsource",
+            "clip art",
+            "clipart",
+            "image",
+            "media",
+            "png",
+            "svg",
+            "public domain",
+        }
+        names = [
+            k
+            for k in dict.fromkeys(clean(k) for k in keywords)
+            if k not in noise and len(k) < 24 and k != phrase
+        ]
         words = Words(phrase, keywords=tuple([*names, file.parent.name.replace("_", " ")][:8]))
         who = f"{author or 'unnamed author'}, Open Clip Art Library"
-        yield Drawing(source, str(file.relative_to(root)), words, options["style"], "color", "public domain", who, file=str(file))
+        yield Drawing(
+            source,
+            str(file.relative_to(root)),
+            words,
+            options["style"],
+            "color",
+            "public domain",
+            who,
+            file=str(file),
+        )
 
 
 def _rdf(file: Path) -> tuple[str, str, list[str], bool]:
     """(title, author, keywords, is public domain) from an SVG's RDF block; empty words when it has none."""
     text = file.read_text(encoding="utf-8", errors="replace")
     block = re.search(r"<(\w+:)?metadata.*?</(\w+:)?metadata>", text, re.S)
-    if block is None or "PublicDomain" not in block.group(0).replace(" ", "").replace("publicdomain", "PublicDomain"):
+    if block is None or "PublicDomain" not in block.group(0).replace(" ", "").replace(
+        "publicdomain", "PublicDomain"
+    ):
         return "", "", [], False
     prefixes = set(re.findall(r"[<\s/](\w+):\w", block.group(0)))
     declared = "".join(f' xmlns:{p}="{p}"' for p in prefixes if p != "xmlns")

@@ -1,0 +1,35 @@
+"""What a recipe needs before it starts: make the missing paths, or say which one is missing."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def make_missing(needs: Mapping[str, str]) -> None:
+    """Run, in order, the command of every path that is not there: arguments to this Python, no shell.
+
+    needs: path -> command, as {"runs/x/shards": "-m diffusionfm.data.shapes --out runs/x/shards"}.
+    ValueError when a command fails, or when its path is still missing afterwards.
+    """
+    for path, command in needs.items():
+        if Path(path).exists():
+            continue
+        print(f"{path} is missing: python {command}", flush=True)
+        code = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode
+        if code:
+            raise ValueError(
+                f"`python {command}`, which makes {path}, failed with exit code {code}: see above"
+            )
+        if not Path(path).exists():
+            raise ValueError(f"`python {command}` did not make {path}: put the command right under `needs`")
+
+
+def require(**paths: str) -> None:
+    """ValueError, naming the key, for the first path that is not a folder."""
+    for key, path in paths.items():
+        if not Path(path).is_dir():
+            raise ValueError(f"{key}={path}: no such folder; make it with its own recipe, or name another")
