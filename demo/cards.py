@@ -23,7 +23,7 @@ EXAMPLES: list[tuple[str, str]] = [
     ),
     ("a 3D emoji of a rocket on a sky blue background", "End with a background and its colour."),
     ("a black stencil icon of a crown", "One-colour icons take the colour of their ink."),
-    ("clip art of a lighthouse, sea, rocks", "Add a few keywords for what belongs in it."),
+    ("a clip art of a lighthouse, sea, rocks", "Add a few keywords for what belongs in it."),
     (
         "a round emoji of a ghost on a purple background",
         "Draw four, keep the seed of the best, go on from there.",

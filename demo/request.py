@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusionfm import __version__
 from diffusionfm.images import encode_png
+from diffusionfm.phrasing import in_style, on_background
 
 MAX_SEED = 2**53 - 1
 """The largest seed a browser's numbers hold exactly."""
@@ -37,9 +38,9 @@ def compose(prompt: str, style: str = AS_WRITTEN, background: str = NOTHING) -> 
     """The prompt with the pickers' words as captions have them: STYLE of PROMPT on a COLOUR background."""
     words = " ".join(prompt.split())
     if style != AS_WRITTEN:
-        words = f"{style if style == 'clip art' else _article(style)} of {words}"
+        words = in_style(style, words)
     if background != NOTHING:
-        words = f"{words} on {_article(background)} background"
+        words += on_background(background)
     return words
 
 
@@ -73,7 +74,3 @@ def encode(pipe: Any, prompt: str, asked: dict[str, Any], pictures: Any) -> list
 def seeds_in_words(seeds: list[int]) -> str:
     """`seed 7`, or `seeds 7 to 10`."""
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-
-
-def _article(words: str) -> str:
-    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"

@@ -65,7 +65,7 @@ def test_pickers_put_their_words_where_the_captions_have_them():
         request.compose("a cat", "outlined emoji", "orange")
         == "an outlined emoji of a cat on an orange background"
     )
-    assert request.compose("a cat", "clip art") == "clip art of a cat"
+    assert request.compose("a cat", "clip art") == "a clip art of a cat"
     assert all(request.compose("x", background=c).endswith(f"{c} background") for c in COLORS)
 
 

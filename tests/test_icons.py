@@ -14,11 +14,12 @@ from diffusionfm.colors import COLORS, nearest, rgb
 from diffusionfm.data.icons import build
 from diffusionfm.data.icons import captions as cap
 from diffusionfm.data.icons.fetch import Package, default_cache, fetch
-from diffusionfm.data.icons.names import Words, article, clean, code_key, is_brand
+from diffusionfm.data.icons.names import Words, clean, code_key, is_brand
 from diffusionfm.data.icons.render import edge_color, fit, inked, on_color
 from diffusionfm.data.icons.sources import share
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.shapes import SHAPES, build_shapes, draw_shape, shape_samples
+from diffusionfm.phrasing import article
 
 # ---- words ----
 

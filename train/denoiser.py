@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> Path:
             averaged = type(denoiser).from_pretrained(
                 run / "transformer", use_safetensors=True, local_files_only=True
             )
-            build_pipeline(vae, text_encoder, tokenizer, averaged, defaults).save_pretrained(run / "pipeline")
+            pipe = build_pipeline(vae, text_encoder, tokenizer, averaged, defaults)
+            pipe.to(torch.float16).save_pretrained(
+                run / "pipeline"
+            )  # half the bytes; loads as float32 or bfloat16
     return run
 
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from diffusionfm.colors import COLORS, rgb
 from diffusionfm.config import user_errors
 from diffusionfm.data.icons.captions import is_held_out, pick_background
-from diffusionfm.data.icons.names import article
 from diffusionfm.data.shards import ShardWriter
+from diffusionfm.phrasing import article, on_background
 
 OVERSAMPLE = 8
 BACKGROUNDS = 0.35
@@ -115,7 +115,7 @@ def shape_samples(count: int, size: int, seed: int) -> Iterator[tuple[str, Image
             square.alpha_composite(picture)
             picture = square
         phrase = f"{color} {shape}"
-        on = f" on {article(background)} background" if background else ""
+        on = on_background(background) if background else ""
         captions = [f"{lead}{on}" for lead in (f"a shape of {article(phrase)}", article(phrase), phrase)]
         yield f"{number:08d}", picture, captions[0], {
             "source": "shapes",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from diffusionfm.colors import COLORS, rgb
-from diffusionfm.data.icons.names import Words, article
+from diffusionfm.data.icons.names import Words
 from diffusionfm.data.icons.sources import share
+from diffusionfm.phrasing import article, on_background
 
 
 def is_held_out(phrase: str, fraction: float) -> bool:
@@ -26,8 +27,7 @@ def captions(
     """
     allowed = lambda text: is_held or not is_held_out(text, held_out)  # noqa: E731
     phrase = f"{words.phrase}, {words.tone}" if words.tone else words.phrase
-    on = f" on a {background} background" if background else ""
-    on = on.replace(" a orange", " an orange")
+    on = on_background(background) if background else ""
     styled = article(f"{ink} {style}" if ink else style)
     bare = f"{ink} {phrase}" if ink and "flag of" not in phrase else phrase
     names = [n for n in words.names if allowed(n)]

@@ -69,33 +69,6 @@ def is_brand(name: str) -> bool:
     return "logo" in parts or any(b in parts or (("-" in b) and b in slug) for b in BRANDS)
 
 
-def article(phrase: str) -> str:
-    """The phrase with "a" or "an" before it, where it takes one."""
-    if not phrase.strip():
-        return phrase
-    head, last = phrase.split()[0], phrase.split()[-1]
-    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    if (
-        plural
-        or head in {"a", "an", "the", "two", "three", "four"}
-        or "flag of" in phrase
-        or last in MASS
-        or head.isdigit()
-    ):
-        return phrase
-    return f"{'an' if VOWEL.match(head) else 'a'} {phrase}"
-
-
-# Heads that begin with a vowel's sound, not its letter: an hourglass, a unicorn.
-VOWEL = re.compile(
-    r"(?!eu|one\b|once\b|ufo|uk\b|us\b|use|usual|uni(?!n|m)|ur[aei]|utensil|uter|ute)[aeiou]|hour|honest|honou?r|heir",
-    re.I,
-)
-MASS = frozenset(
-    "rice bread water fire snow rain ice sushi cheese bacon butter salt wind lightning fog money sake".split()  # noqa: SIM905
-)
-
-
 @dataclass
 class EmojiNames:
     """CLDR labels, other names and keywords of every emoji, found by code point or by name."""

@@ -1,0 +1,42 @@
+"""How captions are phrased: articles, styles and backgrounds, in the same words for the corpus and the studio."""
+
+from __future__ import annotations
+
+import re
+
+
+def article(phrase: str) -> str:
+    """The phrase with "a" or "an" before it, where it takes one."""
+    if not phrase.strip():
+        return phrase
+    head, last = phrase.split()[0], phrase.split()[-1]
+    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    if (
+        plural
+        or head in {"a", "an", "the", "two", "three", "four"}
+        or "flag of" in phrase
+        or last in MASS
+        or head.isdigit()
+    ):
+        return phrase
+    return f"{'an' if VOWEL.match(head) else 'a'} {phrase}"
+
+
+# Heads that begin with a vowel's sound, not its letter: an hourglass, a unicorn.
+VOWEL = re.compile(
+    r"(?!eu|one\b|once\b|ufo|uk\b|us\b|use|usual|uni(?!n|m)|ur[aei]|utensil|uter|ute)[aeiou]|hour|honest|honou?r|heir",
+    re.I,
+)
+MASS = frozenset(
+    "rice bread water fire snow rain ice sushi cheese bacon butter salt wind lightning fog money sake".split()  # noqa: SIM905
+)
+
+
+def in_style(style: str, phrase: str) -> str:
+    """A phrase drawn in a style: "a flat emoji of a cat"."""
+    return f"{article(style)} of {phrase}"
+
+
+def on_background(color: str) -> str:
+    """The words that follow a phrase drawn on a colour: " on an orange background"."""
+    return f" on {article(color)} background"
