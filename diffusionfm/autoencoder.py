@@ -53,6 +53,28 @@ def blocks(channels: int, depth: int) -> list[nn.Module]:
     return [ResidualBlock(channels) for _ in range(depth)]
 
 
+class PatchDiscriminator(nn.Module):
+    """Tells real premultiplied RGBA (b, 4, y, x) from decoded, patch by patch: one score (b, 1, y/8, x/8) each.
+
+    PatchGAN (Isola et al. 2017, arXiv:1611.07004), in the autoencoder's own blocks.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(4 * 16, width, 3, padding=1),
+            ResidualBlock(width),
+            nn.Conv2d(width, 2 * width, 2, stride=2),
+            ResidualBlock(2 * width),
+            ChannelNorm(2 * width),
+            nn.Conv2d(2 * width, 1, 1),
+        )
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.score((picture * 2 - 1).contiguous(memory_format=torch.channels_last))
+
+
 class AutoencoderKL(ModelMixin, ConfigMixin):
     """KL autoencoder of RGBA pictures (Rombach et al. 2022, arXiv:2112.10752), fully convolutional.
 

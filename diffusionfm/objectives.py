@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusionfm import flow
-from diffusionfm.autoencoder import AutoencoderKL, premultiply
+from diffusionfm.autoencoder import AutoencoderKL, PatchDiscriminator, premultiply
 from diffusionfm.text import ImageTower, SentenceTeacher, encode_prompts
 
 if TYPE_CHECKING:
@@ -68,16 +68,36 @@ class Reconstruction(nn.Module):
          + kl * KL(posterior || standard normal).
     L1 terms are means over elements of [0, 1] values and KL is in nats, the mean over latent elements, so no
     weight depends on the picture's size. (LDM sums both: its KL weight w is w / 16 here, with 16 channels.)
+
+    adversarial > 0 trains a patch discriminator beside the autoencoder by the hinge loss, and adds adversarial *
+    -(its mean score). Start that from a trained autoencoder (trainer.init): blurred pictures are too easily told.
+    decoder_only leaves the encoder as it is, so that latents made with it stay good.
     """
 
-    def __init__(self, vae: AutoencoderKL, kl: float = 1e-4, background: float = 1.0, gradient: float = 1.0):
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        kl: float = 1e-4,
+        background: float = 1.0,
+        gradient: float = 1.0,
+        adversarial: float = 0.0,
+        decoder_only: bool = False,
+    ):
         super().__init__()
         self.vae = vae
-        self.kl, self.background, self.gradient = kl, background, gradient
+        self.kl, self.background, self.gradient, self.adversarial = kl, background, gradient, adversarial
+        self.discriminator = PatchDiscriminator() if adversarial else None
+        vae.encoder.requires_grad_(not decoder_only)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to train and save, by name."""
-        return {"vae": self.vae}
+        """The networks to train and save, by name; only the autoencoder is shipped."""
+        found: dict[str, nn.Module] = {"vae": self.vae}
+        return found if self.discriminator is None else found | {"discriminator": self.discriminator}
+
+    def compile_networks(self) -> None:
+        """Compile the autoencoder's halves: they are what is called, never the whole."""
+        self.vae.encoder.compile()
+        self.vae.decoder.compile()
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch["picture"]: straight RGBA (b, 4, y, x), float in [0, 1] or uint8. Gives loss, metrics."""
@@ -95,7 +115,20 @@ class Reconstruction(nn.Module):
         loss = pixel + self.background * laid + self.gradient * edges + self.kl * kl
 
         metrics = {"l1": pixel.detach(), "gradient": edges.detach(), "kl": kl.detach()}
-        return loss, metrics | reconstruction_metrics(output.detach(), target)
+        metrics |= reconstruction_metrics(output.detach(), target)
+        if self.discriminator is not None:
+            fool, hinge = contest(self.discriminator, output, target)
+            loss = loss + self.adversarial * fool + hinge
+            metrics |= {"fool": fool.detach(), "hinge": hinge.detach()}
+        return loss, metrics
+
+
+def contest(discriminator: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(the autoencoder's loss, the discriminator's hinge loss): neither reaches the other's weights."""
+    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    fool = -torch.func.functional_call(discriminator, frozen, (output,)).mean()
+    real, fake = discriminator(target), discriminator(output.detach())
+    return fool, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 @torch.no_grad()

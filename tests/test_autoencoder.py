@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusionfm.autoencoder import AutoencoderKL, premultiply, unpremultiply
-from diffusionfm.objectives import Reconstruction, composite, psnr, reconstruction_report
+from diffusionfm.objectives import Reconstruction, composite, contest, psnr, reconstruction_report
 
 TINY = {"latent_channels": 4, "widths": [8, 16, 24], "encoder_depths": [1, 1], "decoder_depths": [1, 1, 1]}
 
@@ -125,3 +125,26 @@ def test_a_few_steps_learn_to_reconstruct_and_the_report_says_so(vae):
         assert after[source]["psnr_white"] > max(20, before[source]["psnr_white"] + 5)
         assert after[source]["alpha_error"] < before[source]["alpha_error"]
     assert all(math.isfinite(value) for row in after.values() for value in row.values())
+
+
+def test_the_discriminator_and_the_autoencoder_move_only_their_own_weights(vae):
+    objective = Reconstruction(vae, adversarial=0.5)
+    output = torch.rand(2, 4, 16, 16, requires_grad=True)
+    fool, hinge = contest(objective.discriminator, output, torch.rand(2, 4, 16, 16))
+    fool.backward(retain_graph=True)
+    assert output.grad.abs().sum() > 0
+    assert all(p.grad is None for p in objective.discriminator.parameters())
+    output.grad = None
+    hinge.backward()
+    assert output.grad is None
+    assert all(p.grad is not None for p in objective.discriminator.parameters())
+    loss, metrics = objective({"picture": torch.rand(2, 4, 16, 16)})
+    assert torch.isfinite(loss) and {"fool", "hinge"} <= set(metrics)
+    assert set(objective.networks()) == {"vae", "discriminator"}
+
+
+def test_decoder_only_training_leaves_latents_as_they_are(vae):
+    objective = Reconstruction(vae, decoder_only=True)
+    objective({"picture": torch.rand(2, 4, 16, 16)})[0].backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert all(p.grad is not None for p in vae.decoder.parameters())
