@@ -16,6 +16,7 @@ def add_lora(network: Any, folder: Path, scale: float, taken: set[str]) -> str:
     """Inject the adapter of `folder` into `network` at `scale`, beside those `taken`; returns its name."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
+    from torch import nn
 
     check_lora(folder, scale)
     settings = read_json(folder / CONFIG)
@@ -43,7 +44,7 @@ def add_lora(network: Any, folder: Path, scale: float, taken: set[str]) -> str:
         raise ValueError(
             f"{folder} does not fit this model ({result.unexpected_keys[0]}): use the model it was trained on"
         )
-    network.to(device=network.device, dtype=network.dtype)
+    nn.Module.to(network, device=network.device, dtype=network.dtype)  # diffusers' own warns of nothing here
     for module in network.modules():
         if hasattr(module, "set_scale") and name in getattr(module, "scaling", {}):
             module.set_scale(name, scale)
