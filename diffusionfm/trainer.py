@@ -44,7 +44,6 @@ class TrainerConfig:
     precision: str = "auto"  # bf16 | fp32 | auto
     device: str = "auto"  # cpu | cuda | mps | auto
     compile: bool = False
-    num_workers: int = 0
     seed: int = 0
     init: str | None = None  # weights to start from: a run folder, a pipeline folder or a safetensors file
     checkpoint_every: int = 1000
@@ -58,7 +57,7 @@ class TrainerConfig:
         for name in ("steps", "batch_size", "grad_accum", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is at least 1, not {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup", "clip", "sample_every", "validate_every", "num_workers"):
+        for name in ("lr", "weight_decay", "warmup", "clip", "sample_every", "validate_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} is not negative, as {getattr(self, name)} is")
         if not 0 <= self.decay_fraction <= 1:
