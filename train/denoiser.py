@@ -71,7 +71,11 @@ def main(argv: list[str] | None = None) -> Path:
         torch.manual_seed(cfg.trainer.seed)
         vae = AutoencoderKL.from_pretrained(cfg.vae, use_safetensors=True, local_files_only=True).eval()
         text_encoder = AutoModel.from_pretrained(
-            cfg.text_encoder, use_safetensors=True, local_files_only=True, add_pooling_layer=False
+            cfg.text_encoder,
+            dtype=torch.float32,  # the shipped one lies in half precision
+            use_safetensors=True,
+            local_files_only=True,
+            add_pooling_layer=False,
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer, local_files_only=True)
         made_by = weights_hash(vae)
@@ -105,9 +109,8 @@ def main(argv: list[str] | None = None) -> Path:
                 run / "transformer", use_safetensors=True, local_files_only=True
             )
             pipe = build_pipeline(vae, text_encoder, tokenizer, averaged, defaults)
-            pipe.to(torch.float16).save_pretrained(
-                run / "pipeline"
-            )  # half the bytes; loads as float32 or bfloat16
+            pipe.to(torch.float16)  # half the bytes; loads as float32 or bfloat16
+            pipe.save_pretrained(run / "pipeline")
     return run
 
 

@@ -324,7 +324,7 @@ def _split_column(path: Path) -> list[tuple[str, str | None]]:
     except (pyarrow.ArrowException, OSError):
         return []  # a manifest of another kind, or a broken one (`shards verify` names it): the JSONs tell
     columns = table.to_pydict()
-    return list(zip(columns.get("key", []), columns.get("split", []), strict=False))
+    return list(zip(columns["key"], columns["split"], strict=True))
 
 
 def _paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
