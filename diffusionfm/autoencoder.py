@@ -89,6 +89,11 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
     """
 
     downsample = 8
+    channels = 4  # of a picture
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config.latent_channels)
 
     @register_to_config
     def __init__(

@@ -1,4 +1,4 @@
-"""State that survives: safetensors and JSON, written aside, synced, renamed, checked; and the EMA."""
+"""State that survives: safetensors and JSON, written aside, synced, renamed, checked; and warm starts."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,8 +17,30 @@ from torch import Tensor, nn
 STATE = "state.json"
 
 
-class CheckpointError(OSError):
-    """A checkpoint that could not be written; what was there before is intact."""
+class CheckpointError(OSError, ValueError):
+    """State that could not be written; what was there before is intact."""
+
+
+@contextmanager
+def writing(target: str | Path) -> Iterator[None]:
+    """A full or refusing disk inside the `with` block becomes one CheckpointError that names the fix."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {target} ({_one_line(error)}); free some disk space and run again"
+        ) from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """A missing or damaged file inside the `with` block becomes one ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({_one_line(error)}); remove it and run again") from error
 
 
 def save(folder: str | Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -29,34 +50,77 @@ def save(folder: str | Path, tensors: dict[str, dict[str, Tensor]], state: dict[
     Raises CheckpointError (an OSError) when the disk is full or refuses; the target is then as it was.
     """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = begin(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        finish(
+            folder,
+            write_files(aside, {f"{name}.safetensors": group for name, group in tensors.items()}),
+            state,
+        )
+    except CheckpointError:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, group in tensors.items():
-            save_file(_storable(group), aside / f"{name}.safetensors")
-        files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
-        for name in files:
-            _sync(aside / name)
-        write_json(aside / STATE, {**state, "files": files})
-        replace_folder(aside, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"could not write {folder} ({error}); free some disk space and run again"
-        ) from error
+        raise
     return folder
 
 
+def begin(folder: Path) -> Path:
+    """Make and return the empty folder in which the files of checkpoint `folder` are collected."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    return aside
+
+
+def write_files(aside: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write safetensors files by name into `aside`; returns the size and SHA-256 of each, all on disk."""
+    with writing(aside):
+        for name, group in files.items():
+            save_file(_storable(group), aside / name)
+        found = {name: _describe(aside / name) for name in files}
+        for name in files:
+            _sync(aside / name)
+    return found
+
+
+def finish(folder: Path, files: dict[str, dict[str, Any]], state: dict[str, Any]) -> None:
+    """Add state.json to the collected files and put them in the place of `folder`."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    with writing(folder):
+        write_json(aside / STATE, {**state, "files": files})
+        replace_folder(aside, folder)
+
+
+def shard_name(name: str, rank: int, ranks: int) -> str:
+    """The file of one rank's share of the tensors `name`: NAME.00000-of-00004.safetensors."""
+    return f"{name}.{rank:05d}-of-{ranks:05d}.safetensors"
+
+
 def load(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read what `save` wrote: (tensors on the CPU, state). Raises ValueError when a file is damaged."""
+    """Read a checkpoint, whichever number of ranks wrote it: (whole tensors on the CPU, state).
+
+    Raises ValueError when a file is damaged.
+    """
     folder = Path(folder)
     fault = find_fault(folder)
     if fault:
         raise ValueError(f"{folder} is not a complete checkpoint: {fault}; remove the folder and run again")
     state = json.loads((folder / STATE).read_text())
-    return {Path(name).stem: load_file(folder / name) for name in state["files"]}, state
+    shares: dict[str, list[dict[str, Tensor]]] = {}
+    for file in sorted(state["files"]):
+        shares.setdefault(file.partition(".")[0], []).append(load_file(folder / file))
+    return {name: _joined(parts) for name, parts in shares.items()}, state
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every rank's rows of the tensors that all ranks have, one under the other; the rest are the first's."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        key: torch.cat([part[key] for part in parts]) if key in parts[1] else value
+        for key, value in parts[0].items()
+    }
 
 
 def find_fault(folder: str | Path) -> str | None:
@@ -127,9 +191,20 @@ def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file whole or not at all."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
-    save_file(_storable(tensors), aside, metadata={"format": "pt"})
-    _sync(aside)
-    os.replace(aside, path)
+    with writing(path):
+        save_file(_storable(tensors), aside, metadata={"format": "pt"})
+        _sync(aside)
+        os.replace(aside, path)
+
+
+def export(folder: Path, networks: dict[str, nn.Module]) -> None:
+    """Write NAME.safetensors of each network, and the folder NAME of those with save_pretrained; each whole or not."""
+    for name, network in networks.items():
+        write_weights(folder / f"{name}.safetensors", network.state_dict())
+        if hasattr(network, "save_pretrained"):
+            aside = folder / f".{name}.partial"
+            network.save_pretrained(aside)  # type: ignore[operator]
+            replace_folder(aside, folder / name)
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -215,51 +290,6 @@ def with_ties(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
         if given is not None:
             full |= {key: tensors[given] for key in keys if key not in tensors}
     return full
-
-
-class PowerEMA:
-    """Power-function moving average of parameters, in fp32 (Karras et al. 2024, arXiv 2312.02696).
-
-    `sigma_rel` is its width relative to the training so far: 0.05 narrow, 0.1 usual, at most 0.28.
-    """
-
-    def __init__(self, parameters: dict[str, nn.Parameter], sigma_rel: float) -> None:
-        self.parameters = parameters
-        self.gamma = power_of_width(sigma_rel)
-        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the parameters after step number `step`, counted from 1."""
-        beta = (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - beta)
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back a saved average."""
-        for name, value in self.average.items():
-            value.copy_(tensors[name])
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Let the parameters hold their average inside the `with` block, and their own values after it."""
-        live: list[Tensor] = list(self.parameters.values())
-        with torch.no_grad():
-            own = [parameter.detach().clone() for parameter in live]
-            torch._foreach_copy_(live, list(self.average.values()))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(live, own)
-
-
-def power_of_width(sigma_rel: float) -> float:
-    """The exponent gamma whose profile t^gamma has relative standard deviation `sigma_rel` in (0, 0.2886)."""
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"an EMA width lies between 0 and 0.28, as 0.1, not {sigma_rel}")
-    inverse = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

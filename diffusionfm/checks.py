@@ -22,10 +22,30 @@ PROMPT_LENGTH = 10_000
 SHIPPED = Path(__file__).parent / "weights" / "icons"
 DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 4.0, "height": 128, "width": 128, "shift": 1.0}
 
+# model_type of a text encoder's config.json -> its class in transformers; of an encoder-decoder, the encoder half.
+TEXT_MODELS = {
+    "bert": "BertModel",
+    "clip_text_model": "CLIPTextModel",
+    "gemma2": "Gemma2Model",
+    "gemma3_text": "Gemma3TextModel",
+    "llama": "LlamaModel",
+    "modernbert": "ModernBertModel",
+    "mt5": "MT5EncoderModel",
+    "qwen2": "Qwen2Model",
+    "qwen3": "Qwen3Model",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "xlm-roberta": "XLMRobertaModel",
+}
+
 # The only classes a model folder may name: the folder is data, it does not choose what code runs.
 COMPONENTS: dict[str, set[tuple[str, str]]] = {
-    "vae": {("diffusionfm.autoencoder", "AutoencoderKL")},
-    "text_encoder": {("transformers", "BertModel"), ("transformers", "CLIPTextModel")},
+    "vae": {
+        ("diffusionfm.autoencoder", "AutoencoderKL"),
+        ("diffusionfm.encoders", "PhotoAutoencoderKL"),
+        ("diffusionfm.encoders", "PhotoAutoencoderDC"),
+    },
+    "text_encoder": {("transformers", name) for name in TEXT_MODELS.values()},
     "tokenizer": {("transformers", "PreTrainedTokenizerFast"), ("transformers", "TokenizersBackend")},
     "transformer": {
         ("diffusionfm.transformer", "DiffusionTransformer"),

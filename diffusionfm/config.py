@@ -25,9 +25,10 @@ class ConfigError(ValueError):
 def load_config(cls: type[T], path: str | Path | None = None, overrides: list[str] | None = None) -> T:
     """Make a `cls` (a dataclass, nested ones allowed) from its defaults, a YAML file and `a.b=c` overrides.
 
+    A file with `base: other.yaml`, a path from its own folder, holds only what differs from that one.
     Raises ConfigError for a missing or broken file, an unknown key, a wrong type or a missing value.
     """
-    layers = [_read_yaml(path)] if path is not None else []
+    layers = _read_layers(Path(path)) if path is not None else []
     layers += [_read_override(item) for item in overrides or []]
     known = _known_keys(cls)
     for layer in layers:
@@ -83,6 +84,19 @@ def user_errors() -> Iterator[None]:
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _read_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """A YAML file and the files it is based on, the deepest base first."""
+    if path.resolve() in readers:
+        raise ConfigError(f"{path}: `base` leads back to the file itself")
+    layer = _read_yaml(path)
+    base = layer.pop("base", None)
+    if base is None:
+        return [layer]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: {base!r} is not the path of a YAML file")
+    return [*_read_layers(path.parent / base, (*readers, path.resolve())), layer]
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def trainer_defaults() -> TrainerConfig:
     """For 10 to 50 pictures, in minutes on two CPU cores."""
     return TrainerConfig(
         output_dir="runs/finetune", steps=300, batch_size=16, lr=1e-3, warmup=20, decay_fraction=0.3, ema=0.05,
-        checkpoint_every=100, sample_every=100, validate_every=50, tensorboard=False,
+        checkpoint_every=100, sample_every=100, validate_every=50, tracker="none",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ One convention everywhere: t in [0, 1] and 1 is noise,
 Everything here is a pure function. b is the batch; a time is (b,) in training, a scalar tensor in sampling.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,19 @@ def denoised(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Move times towards noise: s t / (1 + (s - 1) t), the identity at s = 1 (SD3, arXiv:2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_for_tokens(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:
+    """The shift at which `tokens` tokens are as uncertain as `base_tokens` are at `base_shift` (SD3, section 5.3.2).
+
+    More pixels of one picture average more noise away, so the same t hides less: base_shift sqrt(tokens / base_tokens)
+    makes up for it. For training times and sampling grids alike. ValueError unless all are positive.
+    """
+    if min(tokens, base_tokens) < 1 or base_shift <= 0:
+        raise ValueError(
+            f"tokens, base_tokens and base_shift are positive, not {tokens}, {base_tokens} and {base_shift}"
+        )
+    return base_shift * math.sqrt(tokens / base_tokens)
 
 
 def sample_times(

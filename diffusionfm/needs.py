@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -13,11 +14,14 @@ def make_missing(needs: Mapping[str, str]) -> None:
     """Run, in order, the command of every path that is not there: arguments to this Python, no shell.
 
     needs: path -> command, as {"runs/x/shards": "-m diffusionfm.data.shapes --out runs/x/shards"}.
-    ValueError when a command fails, or when its path is still missing afterwards.
+    ValueError when a command fails, when its path is still missing afterwards, and for the ranks of a launch, which
+    would all make it at once.
     """
     for path, command in needs.items():
         if Path(path).exists():
             continue
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"{path} is missing: make it first, by one process: python {command}")
         print(f"{path} is missing: python {command}", flush=True)
         code = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode
         if code:

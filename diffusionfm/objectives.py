@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from diffusionfm import flow
 from diffusionfm.autoencoder import AutoencoderKL, PatchDiscriminator, premultiply
+from diffusionfm.cost import count_flops
+from diffusionfm.features import drop_prompts
+from diffusionfm.ranks import gather, rank
 from diffusionfm.text import ImageTower, SentenceTeacher, encode_prompts
 
 if TYPE_CHECKING:
@@ -264,7 +268,8 @@ class FlowMatching(nn.Module):
 
     Each sample's prompt is dropped with chance `prompt_dropout`: it becomes the empty prompt, which is also what
     classifier-free guidance calls unconditional. `times` goes to `flow.sample_times`. Prompts are padded to a multiple
-    of `text_multiple` tokens, so that a compiled denoiser meets few shapes.
+    of `text_multiple` tokens, so that a compiled denoiser meets few shapes. Text features that come with the batch
+    are taken as they are.
     """
 
     def __init__(
@@ -283,18 +288,25 @@ class FlowMatching(nn.Module):
             tokenizer,
         )
         self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple
+        self._empty: Tensor | None = None
+        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of a sample's latent and text, once known
 
     def networks(self) -> dict[str, nn.Module]:
         """The network to train and save; named as the pipeline names it."""
         return {"transformer": self.denoiser}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: "latent" (b, c, y, x) normalised, "caption" [b]. Returns the mean squared error, also by time."""
+        """batch: "latent" (b, c, y, x) normalised, "caption" [b], or for that "text" (b, l, d) and "mask" (b, l).
+
+        Returns the mean squared error, also by time."""
         x0 = batch["latent"].float()
-        kept = (torch.rand(len(x0)) >= self.prompt_dropout).tolist()
-        text, mask = self.read(
-            [caption if keep else "" for caption, keep in zip(batch["caption"], kept, strict=True)]
-        )
+        kept = torch.rand(len(x0)) >= self.prompt_dropout
+        if "text" in batch:
+            text, mask = drop_prompts(batch["text"].float(), batch["mask"], kept, self.empty_prompt())
+        else:
+            pairs = zip(batch["caption"], kept.tolist(), strict=True)
+            text, mask = self.read([caption if keep else "" for caption, keep in pairs])
+        self.shapes = x0.shape[1:], text.shape[1:]
         t = flow.sample_times(len(x0), **self.times).to(x0.device)
         noise = torch.randn(x0.shape).to(x0.device)
         error = self.error(x0, noise, t, text, mask)
@@ -312,6 +324,28 @@ class FlowMatching(nn.Module):
         """Mean squared velocity error of each sample, (b,)."""
         v = self.denoiser(flow.interpolate(x0, noise, t), t, text, mask)
         return (v.float() - flow.velocity(x0, noise)).square().mean(dim=(1, 2, 3))
+
+    def empty_prompt(self) -> Tensor:
+        """Features (l, d) of the empty prompt, read once."""
+        if self._empty is None:
+            text, mask = self.read([""])
+            self._empty = text[0, : int(mask.sum())]
+        return self._empty
+
+    @cached_property
+    def _flops(self) -> float:
+        """Counted on a copy that has shapes and no numbers."""
+        assert self.shapes is not None
+        with torch.device("meta"):
+            network = type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
+            (latent, text), t = (torch.empty(1, *shape) for shape in self.shapes), torch.empty(1)
+            mask = torch.ones(text.shape[:2], dtype=torch.bool)
+            return count_flops(lambda: network(latent, t, text, mask).sum().backward())
+
+    @property
+    def flops_per_sample(self) -> float | None:
+        """Floating-point operations of the denoiser's forward and backward for a sample; None before the first."""
+        return None if self.shapes is None else self._flops
 
     @torch.no_grad()
     def validation_loss(
@@ -337,29 +371,6 @@ def by_time(error: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
     total = torch.zeros(bins, device=t.device).index_add(0, index, error.float())
     count = torch.bincount(index, minlength=bins).clamp(min=1)
     return {f"loss_t{k}": value for k, value in enumerate(total / count)}
-
-
-# ---- across ranks ------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """This process's number, 0 when there is only one."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def gather(x: Tensor) -> Tensor:
-    """x of every rank, joined along the first axis; gradients flow back to each."""
-    if not torch.distributed.is_initialized():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x)) if x.is_floating_point() else torch.cat(_gather_integers(x))
-
-
-def _gather_integers(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, x)
-    return parts
 
 
 def stable_hash(text: str) -> int:

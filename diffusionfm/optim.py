@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffusionfm.muon import Muon
 
 
 def trainable(networks: dict[str, nn.Module], objective: nn.Module | None = None) -> dict[str, nn.Parameter]:
@@ -67,9 +70,7 @@ def build_optimizers(
             raise ValueError(
                 "trainer.optimizer=muon needs Linear layers inside a ModuleList of blocks; use adamw"
             )
-        optimizers["muon"] = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        optimizers["muon"] = Muon(matrices, lr, weight_decay)
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -131,13 +132,21 @@ def load_optimizer_tensors(
     parameters: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` gave, on each parameter's device."""
+    """Put back what `optimizer_tensors` gave, whole, on each parameter's device and sharded as it is."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(":")
-        moments.setdefault(name, {})[moment] = value
+        moments.setdefault(name, {})[moment] = _placed(value, parameters.get(name))
     for optimizer in optimizers.values():
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {i: moments[names[id(p)]] for i, p in enumerate(ordered) if names[id(p)] in moments}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _placed(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """A moment sharded as its parameter is; a step count stays as it is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

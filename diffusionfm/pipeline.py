@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from diffusionfm import flow
-from diffusionfm.autoencoder import AutoencoderKL
 from diffusionfm.checks import (
     COMPONENTS,
     DEFAULTS,
@@ -33,6 +32,7 @@ from diffusionfm.checks import (
     read_defaults,
     read_json,
 )
+from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
 from diffusionfm.images import write_atomic
 from diffusionfm.text import encode_prompts, truncated_words
 
@@ -184,6 +184,9 @@ class DiffusionFMPipeline(DiffusionPipeline):
         settings: dict[str, Any] = {k: self.defaults[k] if v is None else v for k, v in chosen.items()}
         check_settings(**settings, num_images=num_images)
         check_settings(num_images=batch_size)
+        unit = self.vae.downsample
+        if settings["height"] % unit or settings["width"] % unit:
+            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
         tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
@@ -217,7 +220,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
-        shape = (self.vae.config.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
+        shape = (self.vae.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
         return torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
@@ -378,50 +381,23 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
     """One component, every weight from the file: a missing or surplus one is an error, never random."""
+    if name == "vae":
+        return load_vae(folder)
+    if name == "text_encoder":
+        return load_text_encoder(folder, dtype)
     if name == "tokenizer":
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return load_tokenizer(folder)
     if name == "scheduler":
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         return FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    try:
-        if name == "text_encoder":
-            import transformers
-
-            if class_name == "BertModel":
-                options["add_pooling_layer"] = False
-            model, info = getattr(transformers, class_name).from_pretrained(folder, dtype=dtype, **options)
-        else:
-            kind = torch.float32 if name == "vae" else dtype
-            model, info = _model_class(class_name).from_pretrained(folder, torch_dtype=kind, **options)
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder} does not load ({reason}): its config.json and weights do not fit together"
-        ) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(problem) or ())
-        if keys:
-            raise ValueError(
-                f"{folder / WEIGHTS[name]} has {problem.replace('_', ' ')} ({keys[0]}): "
-                "config.json is of another model"
-            )
-    return model
-
-
-def _model_class(name: str) -> Any:
-    if name == "AutoencoderKL":
-        return AutoencoderKL
-    if name == "DiffusionUNet":
+    if class_name == "DiffusionUNet":
         from diffusionfm.unet import DiffusionUNet
 
-        return DiffusionUNet
+        return load_whole(DiffusionUNet, folder, torch_dtype=dtype)
     from diffusionfm.transformer import DiffusionTransformer
 
-    return DiffusionTransformer
+    return load_whole(DiffusionTransformer, folder, torch_dtype=dtype)
 
 
 class _quiet:

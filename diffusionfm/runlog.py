@@ -1,78 +1,117 @@
-"""What a run folder tells: config, environment, a line a step, TensorBoard, progress bar and ledger."""
+"""What a run folder tells: config, environment, a line a step, a tracker, a progress bar and the ledger."""
 
+import importlib
+import importlib.util
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from diffusionfm.checkpoint import write_json
-from diffusionfm.config import dump_config
+from diffusionfm.checkpoint import write_json, writing
+from diffusionfm.config import as_dict, dump_config
 
 
 class RunLog:
     """The records of one run folder; where `enabled` is False (ranks but the first) it does nothing."""
 
-    def __init__(self, run_dir: Path, resolved_config: Any, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, resolved_config: Any, tracker: str = "none", enabled: bool = True
+    ) -> None:
         self.run_dir, self.resolved_config, self.enabled = run_dir, resolved_config, enabled
+        self.tracker = tracker
         self.metrics = run_dir / "metrics.jsonl"
         self.file: Any = None
-        self.board: Any = None
+        self.track: Callable[[dict[str, float], int], Any] | None = None
         self.bar: Any = None
+        self.closing: list[Callable[[], Any]] = []
 
     def start(self, step: int, **facts: Any) -> None:
         """Make the folder, record config and environment, and cut the metrics back to `step`."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        dump_config(self.resolved_config, self.run_dir / "config.yaml")
-        write_json(self.run_dir / "environment.json", environment() | facts)
-        cut_back(self.metrics, step)
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            dump_config(self.resolved_config, self.run_dir / "config.yaml")
+            write_json(self.run_dir / "environment.json", environment() | facts)
+            cut_back(self.metrics, step)
 
-    def open(self, step: int, steps: int, tensorboard: bool) -> None:
+    def open(self, step: int, steps: int) -> None:
         """Begin to write lines after `step` of `steps`."""
         if not self.enabled:
             return
         self.file = open(self.metrics, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+        self.closing.append(self.file.close)
+        if self.tracker == "tensorboard":
+            self._open_tensorboard(step)
+        elif self.tracker == "trackio":
+            self._open_trackio()
         every = 0.5 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=steps, initial=step, desc=self.run_dir.name, unit="step", mininterval=every)
+        self.closing.append(self.bar.close)
+
+    def _open_tensorboard(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+        def track(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self.track = track
+        self.closing.append(board.close)
+
+    def _open_trackio(self) -> None:
+        trackio = importlib.import_module("trackio")
+        trackio.init(
+            project="diffusionfm",
+            name=str(self.run_dir),
+            config=as_dict(self.resolved_config),
+            resume="allow",
+        )
+        self.track = trackio.log
+        self.closing.append(trackio.finish)
 
     def write(self, line: dict[str, Any], to_board: bool) -> None:
         """Add one step's line; numbers that are not finite become null."""
         if not self.enabled:
             return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        if self.board is not None and to_board:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, line["step"])
+        with writing(self.metrics):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.track is not None and to_board:
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self.track(values, line["step"])
         self.bar.set_postfix(
             {"loss": f"{line['loss']:.4f}", "images/s": f"{line['images_per_s']:.1f}"}, refresh=False
         )
         self.bar.update()
 
-    def ledger(self, step: int, samples: int, seconds: float, flops_per_sample: float | None) -> None:
+    def ledger(self, step: int, samples: int, seconds: float, **cost: Any) -> None:
         """What the run has cost so far, over all its sessions."""
-        cost: dict[str, Any] = {"steps": step, "samples": samples, "hours": seconds / 3600}
-        if flops_per_sample is not None:
-            cost["flops"] = samples * float(flops_per_sample)
-        write_json(self.run_dir / "ledger.json", cost)
+        known = {"steps": step, "samples": samples, "hours": seconds / 3600}
+        write_json(self.run_dir / "ledger.json", known | cost)
 
     def close(self) -> None:
         """Flush and close whatever is open."""
-        for part in (self.file, self.board, self.bar):
-            if part is not None:
-                part.close()
+        for close in reversed(self.closing):
+            close()
+        self.closing.clear()
+
+
+def check_tracker(name: str) -> None:
+    """Raise ValueError when what `trainer.tracker` asks for is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"trainer.tracker={name} is not installed: pip install {name}, or trainer.tracker=none"
+        )
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -1,13 +1,15 @@
 """What a training loop stands on: step seeds, bf16 or not, the pieces of a batch, signals."""
 
 import hashlib
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 Batch = dict[str, Any]
 
@@ -71,3 +73,29 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def repeated_blocks(objective: nn.Module) -> list[nn.Module]:
+    """The blocks that its networks repeat, by the class names that each network lists in `_repeated_blocks`."""
+    return [
+        block
+        for network in objective.modules()
+        for block in network.modules()
+        if type(block).__name__ in (getattr(network, "_repeated_blocks", None) or ())
+    ]
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """What every rank has, in order of ranks, on every rank; JSON-able, so that nothing is unpickled."""
+    if not dist.is_initialized():
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)], device=device))
+    longest = max(int(size) for size in sizes)
+    sent = torch.zeros(longest, dtype=torch.uint8, device=device)
+    sent[: len(text)] = text
+    got = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(got, sent)
+    parts = zip(got, sizes, strict=True)
+    return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in parts]

@@ -1,78 +1,28 @@
 """The one training loop: any objective over any batches, resumed bit for bit, on one process or many."""
 
+import functools
 import itertools
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffusionfm import checkpoint, optim, runtime
-from diffusionfm.checkpoint import PowerEMA, write_json
-from diffusionfm.runlog import RunLog
+from diffusionfm import checkpoint, cost, ema, guard, optim, resume, runtime
+from diffusionfm.checkpoint import write_json
+from diffusionfm.runlog import RunLog, check_tracker
 from diffusionfm.runtime import Batch
+from diffusionfm.settings import TrainerConfig
+from diffusionfm.sharding import Sharding, local, rows_of
 
 Networks = dict[str, nn.Module]
-
-
-@dataclass
-class TrainerConfig:
-    """How to train; what to train is the objective's business. ValueError for settings out of range."""
-
-    output_dir: str = "runs/run"
-    steps: int = 1000
-    batch_size: int = (
-        64  # samples of one step, over all ranks and pieces; recipes build their batches with it
-    )
-    grad_accum: int = 1  # pieces in which each rank works a batch off
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    optimizer: str = "adamw"  # or muon
-    warmup: int = 100
-    decay_fraction: float = 0.15  # the last part of the run, over which the learning rate falls to 0
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    ema: float = 0.1  # width sigma_rel of the weight average; 0 keeps none
-    precision: str = "auto"  # bf16 | fp32 | auto
-    device: str = "auto"  # cpu | cuda | mps | auto
-    compile: bool = False
-    seed: int = 0
-    init: str | None = None  # weights to start from: a run folder, a pipeline folder or a safetensors file
-    checkpoint_every: int = 1000
-    keep: int = 2
-    log_every: int = 20
-    sample_every: int = 1000
-    validate_every: int = 1000
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "grad_accum", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is at least 1, not {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup", "clip", "sample_every", "validate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"trainer.{name} is not negative, as {getattr(self, name)} is")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"trainer.decay_fraction is between 0 and 1, not {self.decay_fraction}")
-        if self.ema:
-            checkpoint.power_of_width(self.ema)
-        for name, choices in {
-            "optimizer": ("adamw", "muon"),
-            "precision": ("bf16", "fp32", "auto"),
-            "device": ("auto", "cpu", "cuda", "mps"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"trainer.{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
 
 
 class Batches(Protocol):
@@ -81,13 +31,15 @@ class Batches(Protocol):
     def batch(self, step: int) -> Batch:
         """Tensors and lists, each with one entry a sample; a list `key` names the samples.
 
-        It may also have `stream(start_step)`, an iterator over the batches from there on, made ahead.
+        It may also have `stream(start_step)`, an iterator over the batches from there on, made ahead;
+        `split(rank, ranks)`, told which part to give; and `fingerprint`, a string that is another one when the order
+        of training is another.
         """
         ...
 
 
 class TrainingDiverged(FloatingPointError, ValueError):
-    """The loss or its gradient is no longer a number; the message names the step and the samples."""
+    """The loss or its gradient is no longer a number, or keeps leaping; the message names step and samples."""
 
 
 class Interrupted(SystemExit):
@@ -120,13 +72,16 @@ class Trainer:
         self.resolved_config = cfg if resolved_config is None else resolved_config
         self.on_sample, self.validate = on_sample, validate
         self.run_dir = Path(cfg.output_dir)
+        check_tracker(cfg.tracker)
         no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         self.accelerator = Accelerator(
             mixed_precision="no", cpu=cfg.device == "cpu" or no_gpu
         )  # joins gloo ranks
-        self.device = self.accelerator.device
+        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
+        cfg.pieces(self.ranks)
         if hasattr(data, "split"):
-            data.split(self.accelerator.process_index, self.accelerator.num_processes)
+            data.split(self.accelerator.process_index, self.ranks)
+        self.fingerprint = getattr(data, "fingerprint", None)
         if cfg.device not in ("auto", self.device.type):
             raise ValueError(f"trainer.device={cfg.device} is not there, but {self.device.type} is")
         self.bf16 = cfg.precision == "bf16" or (
@@ -134,37 +89,39 @@ class Trainer:
         )
         self.networks: Networks = objective.networks()  # type: ignore[operator]
         self.parameters = optim.trainable(self.networks, objective)
-        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.step, self.samples, self.seconds, self.joules = 0, 0, 0.0, 0.0
+        self.guard = guard.SpikeGuard(cfg.spike)
+        self.sharding: Sharding | None = None
         self._signal, self._enough, self._agreed = 0, False, False
 
     def fit(self) -> Path:
         """Train up to `cfg.steps` and return the run folder, which then holds weights, metrics and samples.
 
-        Raises ValueError for a checkpoint of other networks, TrainingDiverged, CheckpointError
+        Raises ValueError for a checkpoint of other networks or other data, TrainingDiverged, CheckpointError
         when the disk is full, and Interrupted by SIGINT or SIGTERM; each leaves a checkpoint to go on from.
         """
         self._start()
         cfg, began = self.cfg, time.perf_counter()
         finished = self.step >= cfg.steps
-        if finished and self.accelerator.is_main_process:
+        if finished:
             self._export()
         with ExitStack() as stack:
             stack.enter_context(self._signals())
             batches = stack.enter_context(self._batches())
-            self.log.open(self.step, cfg.steps, cfg.tensorboard)
             stack.callback(self.log.close)
+            self.log.open(self.step, cfg.steps)
             while not finished:
                 fetched = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - fetched
                 line = self._train_step(batch)
                 rate = line.pop("count") / (time.perf_counter() - fetched)
-                line |= {"images_per_s": rate, "wait_s": wait}
+                line |= {"images_per_s": rate, "wait_s": wait, **self._utilisation(rate)}
                 if self.validate is not None and self._due(cfg.validate_every):
                     line |= self._validate()
                 finished = self.step >= cfg.steps or self._told_to_stop()
                 self.seconds, began = self.seconds + time.perf_counter() - began, time.perf_counter()
-                line["seconds"] = self.seconds
+                line |= {"seconds": self.seconds, "kwh": self.joules / 3.6e6}
                 self.log.write(line, to_board=finished or self.step % cfg.log_every == 0)
                 if self.on_sample is not None and self._due(cfg.sample_every):
                     self._sample()
@@ -176,42 +133,60 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> dict[str, Any]:
         """One optimiser step; returns its log line. Raises TrainingDiverged before any weight moves."""
-        cfg, many = self.cfg, self.accelerator.num_processes > 1
+        cfg = self.cfg
         torch.manual_seed(runtime.step_seed(cfg.seed, self.step, self.accelerator.process_index))
         lr = cfg.lr * optim.wsd(self.step, cfg.steps, cfg.warmup, cfg.decay_fraction)
         optim.set_lr(self.optimizers, lr)
-        pieces = runtime.split(batch, cfg.grad_accum)
+        totals = self._gradients(batch)
+        totals["grad_norm"] = self._clip()
+        totals["signal"] = torch.tensor(float(self._signal), device=self.device)
+        totals["enough"] = torch.tensor(float(self._enough), device=self.device)
+        totals["joules"] = torch.tensor(self.energy.read(), device=self.device)
+        stacked = torch.stack(list(totals.values()))
+        values = (self.accelerator.reduce(stacked, "mean") if self.ranks > 1 else stacked).tolist()
+        scalars = dict(zip(totals, values, strict=True))
+        self.joules += scalars.pop("joules") * self.ranks
+        signalled = scalars.pop("signal") > 0
+        self._agreed = scalars.pop("enough") > 0 or signalled
+        self._signal = self._signal or (signal.SIGTERM if signalled else 0)
+        skipped = self._unsound(scalars, batch)
+        for optimizer in self.prepared:
+            if not skipped:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        count = runtime.count(batch) * self.ranks
+        self.step += 1
+        self.samples += count
+        for average in self.averages.values():
+            average.update(self.step)
+        line = {"step": self.step, "samples": self.samples, **scalars, "lr": lr, "count": count}
+        return line | {"skipped": self.guard.skipped} if skipped else line
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Work the batch off piece by piece; the loss and metrics of this rank, averaged over the pieces."""
+        pieces = runtime.split(batch, self.cfg.grad_accum)
         totals: dict[str, Tensor] = {}
         for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1
-            with self.accelerator.no_sync(self.model) if many and not last else nullcontext():
+            waits = self.ranks > 1 and self.sharding is None and i < len(pieces) - 1
+            with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     loss, metrics = self.model(runtime.to_device(piece, self.device))
                 self.accelerator.backward(loss.float() / len(pieces))
             for name, value in {"loss": loss, **metrics}.items():
                 part = torch.as_tensor(value, device=self.device).detach().float() / len(pieces)
                 totals[name] = totals[name] + part if name in totals else part
-        limit = cfg.clip or float("inf")
-        totals["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
-        totals["signal"] = torch.tensor(float(self._signal), device=self.device)
-        totals["enough"] = torch.tensor(float(self._enough), device=self.device)
-        stacked = torch.stack(list(totals.values()))
-        values = (self.accelerator.reduce(stacked, "mean") if many else stacked).tolist()
-        scalars = dict(zip(totals, values, strict=True))
-        signalled = scalars.pop("signal") > 0
-        self._agreed = scalars.pop("enough") > 0 or signalled
-        self._signal = self._signal or (signal.SIGTERM if signalled else 0)
-        if not all(map(runtime.finite, (scalars["loss"], scalars["grad_norm"]))):
-            self._diverge(scalars, batch)
-        for optimizer in self.prepared:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        count = runtime.count(batch) * self.accelerator.num_processes
-        self.step += 1
-        self.samples += count
-        if self.ema is not None:
-            self.ema.update(self.step)
-        return {"step": self.step, "samples": self.samples, **scalars, "lr": lr, "count": count}
+        return totals
+
+    def _clip(self) -> Tensor:
+        limit = self.cfg.clip or float("inf")
+        if self.sharding is not None:
+            return self.sharding.clip(self.parameters.values(), limit)
+        return self.accelerator.clip_grad_norm_(self.parameters.values(), limit)
+
+    def _utilisation(self, rate: float) -> dict[str, float]:
+        """Model FLOP utilisation at `rate` samples a second: the share of the machine's own matrix rate."""
+        flops = getattr(self.objective, "flops_per_sample", None)
+        return {} if not flops else {"mfu": rate * float(flops) / (self.matrix_rate * self.ranks)}
 
     def stop(self) -> None:
         """Let `fit` end after the step at hand, saving as if it were the last: for early stopping."""
@@ -219,7 +194,7 @@ class Trainer:
 
     def _told_to_stop(self) -> bool:
         """Ranks stop together, at the step in which they told each other; a single process at once."""
-        return self._agreed if self.accelerator.num_processes > 1 else bool(self._signal or self._enough)
+        return self._agreed if self.ranks > 1 else bool(self._signal or self._enough)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.cfg.steps)
@@ -227,14 +202,31 @@ class Trainer:
     def _decay_start(self) -> int:
         return optim.decay_start(self.cfg.steps, self.cfg.decay_fraction)
 
-    def _diverge(self, scalars: dict[str, float], batch: Batch) -> None:
-        keys = [str(key) for key in gather_object(list(batch.get("key", [])))]
-        where = self.run_dir / "diverged.json"
+    def _unsound(self, scalars: dict[str, float], batch: Batch) -> bool:
+        """Whether to skip the step; its batch is then named and kept. Raises TrainingDiverged when that is no help."""
+        judged = {name: scalars[name] for name in ("loss", "grad_norm")}
+        sound = all(map(runtime.finite, judged.values()))
+        spike = self.guard.judge(judged) if sound else ""
+        if sound and not spike:
+            return False
+        step, folder = self.step + 1, self.run_dir / "bad_batches" / f"step_{self.step + 1:08d}"
+        what = spike or f"loss {judged['loss']}, gradient norm {judged['grad_norm']}"
+        facts = {"step": step, "what": what, **{name: str(value) for name, value in scalars.items()}}
+        try:
+            guard.dump_batch(folder, batch, self.accelerator.process_index, facts)
+        except (OSError, SafetensorError) as error:
+            self._say(f"could not keep the batch of step {step}: {error}")
+        if spike and self.guard.row < guard.SPIKES_IN_A_ROW:
+            self._say(f"step {step} skipped: {what}; its batch is in {folder}")
+            return True
+        ranks = runtime.gather_json([str(key) for key in batch.get("key", [])], self.device)
         if self.accelerator.is_main_process:
-            write_json(where, {"step": self.step + 1, "key": keys, **{k: str(v) for k, v in scalars.items()}})
+            keys = [key for keys in ranks for key in keys]
+            write_json(self.run_dir / "diverged.json", {**facts, "key": keys})
+        often = f", as in the {self.guard.row - 1} steps before" if spike else ""
         raise TrainingDiverged(
-            f"loss {scalars['loss']}, gradient norm {scalars['grad_norm']} at step {self.step + 1}; the last "
-            f"checkpoint is kept: look at the samples named in {where} or lower trainer.lr, and run again"
+            f"{what} at step {step}{often}; the last checkpoint is kept: look at the samples in {folder}, named in "
+            f"{self.run_dir / 'diverged.json'}, or lower trainer.lr, and run again"
         )
 
     def _start(self) -> None:
@@ -246,26 +238,45 @@ class Trainer:
             network.train()
         if cfg.compile:
             self._compile()
+        if cfg.sharding != "none" and self.ranks > 1:
+            self.sharding = Sharding(cfg.sharding, self.objective, self.device)
+            self.parameters = optim.trainable(self.networks)
         self.optimizers = optim.build_optimizers(
             self.networks, cfg.optimizer, cfg.lr, cfg.weight_decay, (cfg.betas[0], cfg.betas[1])
         )
-        self.model, *self.prepared = accelerator.prepare(self.objective, *self.optimizers.values())
-        self.ema = PowerEMA(self.parameters, cfg.ema) if cfg.ema else None
+        if self.sharding is None:
+            self.model, *self.prepared = accelerator.prepare(self.objective, *self.optimizers.values())
+        else:
+            self.model, self.prepared = self.objective, list(self.optimizers.values())
+        live = {name: local(p) for name, p in self.parameters.items()}
+        self.averages = {  # by the name of their checkpoint file
+            f"ema_{i}" if i else "ema": ema.PowerEMA(live, width)
+            for i, width in enumerate(ema.widths_of(cfg.ema))
+        }
         if "optimizer" in tensors:
             optim.load_optimizer_tensors(self.optimizers, self.parameters, tensors["optimizer"])
-        if self.ema is not None and "ema" in tensors:
-            self.ema.load(tensors["ema"])
-        self.log = RunLog(self.run_dir, self.resolved_config, enabled=accelerator.is_main_process)
+        for name, average in self.averages.items():
+            if name in tensors:
+                average.load({key: rows_of(tensors[name][key], p) for key, p in self.parameters.items()})
+        self.energy = cost.Energy(self.device, accelerator.local_process_index)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.matrix_rate = cost.matrix_rate(self.device, dtype)
+        self.log = RunLog(
+            self.run_dir, self.resolved_config, cfg.tracker, enabled=accelerator.is_main_process
+        )
         if accelerator.is_main_process:
             if self.step < cfg.steps:
                 checkpoint.discard_after(self.run_dir, self.step)
-            ranks = accelerator.num_processes
-            self.log.start(self.step, shapes=checkpoint.shapes(self.networks), processes=ranks)
+                ema.thin_snapshots(self.run_dir, self.step, cfg.checkpoint_every)
+            machine = {"matrix_flops_per_s": self.matrix_rate, "matrix_dtype": str(dtype)}
+            machine |= {"energy": self.energy.method, "processes": self.ranks, "sharding": cfg.sharding}
+            self.log.start(self.step, **machine, shapes=checkpoint.shapes(self.networks))
         accelerator.wait_for_everyone()
 
     def _load(self) -> dict[str, dict[str, Tensor]]:
         """Load the networks from the newest checkpoint or `cfg.init`; return the checkpoint's tensors."""
-        folder = checkpoint.latest(self.run_dir, self._usable) or checkpoint.latest(self.run_dir)
+        good = functools.partial(resume.usable, steps=self.cfg.steps)
+        folder = checkpoint.latest(self.run_dir, good) or checkpoint.latest(self.run_dir)
         if folder is None:
             if self.cfg.init:
                 loaded = checkpoint.warm_start(self.networks, self.cfg.init)
@@ -273,69 +284,79 @@ class Trainer:
             return {}
         tensors, state = checkpoint.load(folder)
         self.accelerator.wait_for_everyone()
-        words = checkpoint.differences(state["shapes"], checkpoint.shapes(self.networks))
-        if state["optimizer"] != self.cfg.optimizer:
-            words = words or f"trainer.optimizer is {self.cfg.optimizer}, was {state['optimizer']}"
-        if words:
-            raise ValueError(f"{folder} is of another config: {words}; take another trainer.output_dir")
+        resume.check_same(folder, state, self._identity())
         for name, network in self.networks.items():
             network.load_state_dict(tensors[name], strict=True)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.joules = state.get("joules", 0.0)
+        self.guard.load(state.get("guard", {}))
         self._say(f"resumed at step {self.step}")
-        if not self._usable(state):
+        if not good(state):
             self._say(f"its learning rate had begun to fall towards step {state['steps']}: it rises again")
         return tensors
 
-    def _usable(self, state: dict[str, Any]) -> bool:
-        """Whether going on from a checkpoint gives the run that `cfg.steps` from the start would have given.
-
-        One whose learning rate had begun to fall towards another end does not; the one before that is kept.
-        """
-        done = state["step"] >= self.cfg.steps
-        return done or state["steps"] == self.cfg.steps or state["step"] <= state["decay_start"]
+    def _identity(self) -> dict[str, Any]:
+        return resume.identity(self.cfg, self.networks, self.fingerprint)
 
     def _compile(self) -> None:
-        if hasattr(self.objective, "compile_networks"):
+        blocks = runtime.repeated_blocks(self.objective) if self.cfg.compile == "blocks" else []
+        if not blocks and hasattr(self.objective, "compile_networks"):
             self.objective.compile_networks()  # type: ignore[operator]
-        else:
-            for network in self.networks.values():
-                network.compile()
+            return
+        for module in blocks or self.networks.values():
+            module.compile()
 
     def _save(self) -> None:
-        """Checkpoint and export on the first rank; the others wait."""
-        if self.accelerator.is_main_process:
-            tensors = {name: network.state_dict() for name, network in self.networks.items()}
-            tensors["optimizer"] = optim.optimizer_tensors(self.optimizers, self.parameters)
-            if self.ema is not None:
-                tensors["ema"] = self.ema.average
-            state = {
-                "step": self.step,
-                "samples": self.samples,
-                "seconds": self.seconds,
-                "steps": self.cfg.steps,
-                "decay_start": self._decay_start(),
-                "optimizer": self.cfg.optimizer,
-                "shapes": checkpoint.shapes(self.networks),
-            }
-            checkpoint.save(checkpoint.step_folder(self.run_dir, self.step), tensors, state)
-            checkpoint.prune(self.run_dir, self.cfg.keep, self._decay_start())
-            self._export()
+        """Checkpoint, snapshots and export: on the first rank while the others wait, or on all together."""
+        cfg, main = self.cfg, self.accelerator.is_main_process
+        self._snapshot()
+        tensors = {name: network.state_dict() for name, network in self.networks.items()}
+        tensors["optimizer"] = optim.optimizer_tensors(self.optimizers, self.parameters)
+        for name, average in self.averages.items():
+            tensors[name] = average.average
+            if self.sharding is not None:
+                tensors[name] = self.sharding.cut_as(average.average, self.parameters)
+        state = {"step": self.step, "samples": self.samples, "seconds": self.seconds, "joules": self.joules}
+        state |= self._identity() | {"guard": self.guard.state()}
+        folder = checkpoint.step_folder(self.run_dir, self.step)
+        if self.sharding is not None:
+            self.sharding.save(folder, tensors, state)
+        elif main:
+            checkpoint.save(folder, tensors, state)
+        self._export()
+        if main:
+            checkpoint.prune(self.run_dir, cfg.keep, self._decay_start())
+            spent = {"kwh": self.joules / 3.6e6, "energy": self.energy.method, "skipped": self.guard.skipped}
             flops = getattr(self.objective, "flops_per_sample", None)
-            self.log.ledger(self.step, self.samples, self.seconds, flops)
+            if flops is not None:
+                spent["flops"] = self.samples * float(flops)
+            self.log.ledger(self.step, self.samples, self.seconds, **spent)
         self.accelerator.wait_for_everyone()
+
+    def _snapshot(self) -> None:
+        """Keep the averages of several widths, from which `diffusionfm.ema` makes any other width later."""
+        every, main = self.cfg.checkpoint_every, self.accelerator.is_main_process
+        if len(self.averages) < 2 or not self._due(every):
+            return
+        for average in self.averages.values():
+            tensors = average.average
+            if self.sharding is not None:
+                tensors = self.sharding.gathered(tensors, self.parameters, keep=main)
+            if main:
+                ema.write_snapshot(self.run_dir, self.step, average.sigma_rel, tensors)
+        if main:
+            ema.thin_snapshots(self.run_dir, self.step, every)
 
     def _export(self) -> None:
         """Write the averaged weights into the run folder, each file or folder whole or not at all."""
-        with self._averaged():
-            if hasattr(self.objective, "export"):
-                self.objective.export(self.run_dir)  # type: ignore[operator]
+        with self._averaged() as main:
+            if not main:
                 return
-            for name, network in self.networks.items():
-                checkpoint.write_weights(self.run_dir / f"{name}.safetensors", network.state_dict())
-                if hasattr(network, "save_pretrained"):
-                    aside = self.run_dir / f".{name}.partial"
-                    network.save_pretrained(aside)  # type: ignore[operator]
-                    checkpoint.replace_folder(aside, self.run_dir / name)
+            with checkpoint.writing(self.run_dir):
+                if hasattr(self.objective, "export"):
+                    self.objective.export(self.run_dir)  # type: ignore[operator]
+                else:
+                    checkpoint.export(self.run_dir, self.networks)
 
     def _leave(self) -> None:
         name = signal.Signals(self._signal).name
@@ -343,34 +364,40 @@ class Trainer:
         raise Interrupted(128 + self._signal)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The averaged weights in place, eval mode, no gradients, uncompiled; all undone afterwards."""
+    def _averaged(self) -> Iterator[bool]:
+        """The averaged weights in place, eval mode, no gradients, uncompiled, whole; all undone afterwards.
+
+        All ranks enter it. It yields whether this is the first of them, which alone may use the networks.
+        """
+        main = self.accelerator.is_main_process
         modes = {name: network.training for name, network in self.networks.items()}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self.ema is not None:
-                stack.enter_context(self.ema.swapped_in())
+            if self.averages:
+                stack.enter_context(self.averages["ema"].swapped_in())
+            if self.sharding is not None:
+                stack.enter_context(self.sharding.whole(keep=main))
             if self.cfg.compile:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for network in self.networks.values():
                 network.eval()
             try:
-                yield
+                yield main
             finally:
                 for name, network in self.networks.items():
                     network.train(modes[name])
 
     def _sample(self) -> None:
-        if self.accelerator.is_main_process and self.on_sample is not None:
-            (self.run_dir / "samples").mkdir(exist_ok=True)
-            with self._averaged():
+        with self._averaged() as main:
+            if main and self.on_sample is not None:
+                (self.run_dir / "samples").mkdir(exist_ok=True)
                 self.on_sample(self.step, self.networks)
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
         result: dict[str, float] = {}
-        if self.accelerator.is_main_process and self.validate is not None:
-            with self._averaged():
+        with self._averaged() as main:
+            if main and self.validate is not None:
                 result = {
                     name: float(value) for name, value in self.validate(self.step, self.networks).items()
                 }

@@ -8,6 +8,7 @@ Axes: b batch, l tokens (the image's unless said otherwise), h heads, d head wid
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .attention import attention
 
 KeyValue = tuple[Tensor, Tensor]  # the text's k and v for one attention, (b, l, h, d) each
+LEAST_TIME = 0.05  # x0 prediction divides by the time, but by no less than this (JiT)
 
 
 class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -37,7 +39,15 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             leaves the attention something neutral to read.
         condition_dim: width of the vector, made of time and pooled text, that modulates every block.
         grid: tokens a side at the training resolution; RoPE scales the positions of any other grid to it.
+        prediction: what `patch_out` gives: the "velocity" itself, or the clean latent, "x0", from which the velocity
+            follows. Where a token holds about as many numbers as the network is wide, x0 is far easier: noise fills
+            all of them, pictures do not (JiT, arXiv:2511.13720).
         attention_kernel: one of `attention.KERNELS`.
+        route: {share, start, end}: while training, a random `share` of the image's tokens, others in each picture and
+            step, skips the blocks [start, end) and comes back as it was (TREAD, arXiv:2501.04765); a negative end
+            counts from the last block. {share: 0.5, start: 2, end: -2} suits 1,024 tokens and more. Of 64 or 256
+            tokens each holds too much of the picture: quality falls and little time is won, so None, off, is the
+            default. Train the last tenth of the steps without it.
     """
 
     _supports_gradient_checkpointing = True
@@ -58,12 +68,17 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         registers: int = 4,
         condition_dim: int = 128,
         grid: int = 8,
+        prediction: str = "velocity",
         attention_kernel: str = "auto",
+        route: dict | None = None,
     ):
         super().__init__()
+        if prediction not in ("velocity", "x0"):
+            raise ValueError(f'prediction is "velocity" or "x0", not {prediction!r}')
         if width % (4 * heads):
             raise ValueError(f"width {width} must be a multiple of 4 x heads = {4 * heads}")
         self.gradient_checkpointing = False
+        self.route = None if route is None else Route.of(depth, route)
         self.patch_in = nn.Linear(in_channels * patch**2, width)
         self.text_in = TextProjection(text_dim, width, registers)
         self.condition = Condition(condition_dim, width)
@@ -95,15 +110,44 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope = axial_rope(rows, columns, self.config.width // self.config.heads, self.config.grid, x.device)
         keys = F.pad(mask, (0, self.config.registers + rows * columns), value=True)
 
-        x = self.patch_in(rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
-        for block, kv in zip(self.blocks, text_kv, strict=True):
+        h = self.patch_in(rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
+        h = self._through(list(zip(self.blocks, text_kv, strict=True)), h, modulation, keys, rope, self.route)
+        shift, scale = (modulation[:2] + self.final_bias).to(h.dtype)
+        h = self.patch_out(modulate(h, shift, scale))
+        out = rearrange(h, "b (y x) (c p q) -> b c (y p) (x q)", y=rows, p=p, q=p)
+        if self.config.prediction == "velocity":
+            return out
+        return (x - out) / t.clamp(min=LEAST_TIME)[:, None, None, None].type_as(x)
+
+    def _through(
+        self,
+        blocks: list[tuple[nn.Module, KeyValue]],
+        h: Tensor,
+        modulation: Tensor,
+        keys: Tensor,
+        rope: Tensor,
+        route: "Route | None" = None,
+    ) -> Tensor:
+        """h after the blocks; with a route, while training, some of its tokens skip some of them."""
+        if route and self.training:
+            before, inside, after = (
+                blocks[: route.start],
+                blocks[route.start : route.end],
+                blocks[route.end :],
+            )
+            h = self._through(before, h, modulation, keys, rope)
+            kept = route.choose(h)
+            at = kept[..., None].expand(-1, -1, h.shape[-1])
+            skipped = h.shape[1] - kept.shape[1]
+            fewer = keys[:, : keys.shape[1] - skipped]  # every image key is read, so any of them may go
+            h = h.scatter(1, at, self._through(inside, h.gather(1, at), modulation, fewer, rope[:, kept]))
+            return self._through(after, h, modulation, keys, rope)
+        for block, kv in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, modulation, kv, keys, rope)
+                h = self._gradient_checkpointing_func(block, h, modulation, kv, keys, rope)
             else:
-                x = block(x, modulation, kv, keys, rope)
-        shift, scale = (modulation[:2] + self.final_bias).to(x.dtype)
-        x = self.patch_out(modulate(x, shift, scale))
-        return rearrange(x, "b (y x) (c p q) -> b c (y p) (x q)", y=rows, p=p, q=p)
+                h = block(h, modulation, kv, keys, rope)
+        return h
 
     def text_keys_values(self, text: Tensor) -> list[KeyValue]:
         """What every block reads of text (b, l, text_dim), registers included: constant while sampling."""
@@ -126,6 +170,46 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.normal_(self.text_in.registers, std=0.02)
         for layer in (self.modulation, self.patch_out):
             nn.init.zeros_(layer.weight)
+
+
+# ---- token routing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Route:
+    """A `share` of the tokens goes around the blocks [start, end)."""
+
+    share: float
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, depth: int, given: dict) -> "Route":
+        """The route that a config gives to a network of `depth` blocks; ValueError if it leads nowhere."""
+        if set(given) != {"share", "start", "end"}:
+            raise ValueError(
+                f"route takes the keys share, start and end, not {', '.join(map(str, given)) or 'none'}: "
+                "{share: 0.5, start: 2, end: -2} is a fair start"
+            )
+        share, start, end = given["share"], given["start"], given["end"]
+        if not all(type(block) is int for block in (start, end)):
+            raise ValueError(f"route.start and route.end are numbers of blocks, not {start!r} and {end!r}")
+        end = end + depth if end < 0 else end
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise ValueError(
+                f"route.share is the share of tokens to leave out, between 0 and 1, not {share!r}"
+            )
+        if not 0 <= start < end <= depth:
+            raise ValueError(
+                f"route goes from block {start} to {given['end']}, but there are blocks 0 to {depth}"
+            )
+        return cls(share, start, end)
+
+    def choose(self, h: Tensor) -> Tensor:
+        """Which of the tokens h (b, l, w) stay, (b, n): drawn a picture from torch's global generator."""
+        b, tokens, _ = h.shape
+        count = max(1, round(tokens * (1 - self.share)))
+        return torch.rand(b, tokens, device=h.device).argsort(1)[:, :count]
 
 
 # ---- a block ---------------------------------------------------------------------------------------------
@@ -263,7 +347,10 @@ def axial_rope(rows: int, columns: int, head_dim: int, grid: int, device: torch.
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + d / 2]) of x (b, l, h, d) by the angles of `axial_rope`."""
+    """Turn the pairs (x[..., i], x[..., i + d / 2]) of x (b, l, h, d) by the angles of `axial_rope`.
+
+    rope: (2, l, 1, d / 2), or (2, b, l, 1, d / 2) where each picture has tokens of its own.
+    """
     (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 

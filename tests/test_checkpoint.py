@@ -1,11 +1,10 @@
-"""Checkpoints: whole or not at all, checked when read; warm starts; the power-function average."""
+"""Checkpoints: whole or not at all, checked when read; warm starts."""
 
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,31 +98,6 @@ def test_warm_start_fills_in_tied_names(tmp_path):
     checkpoint.write_weights(tmp_path / "net.safetensors", weights)
     checkpoint.warm_start({"net": net}, tmp_path)
     assert torch.equal(net["b"].weight, weights["a.weight"])
-
-
-@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.25])
-def test_the_average_has_the_width_asked_for(sigma):
-    net = nn.Linear(1, 1, bias=False)
-    steps = 400
-    weights = np.zeros(steps)
-    ema = checkpoint.PowerEMA({"w": net.weight}, sigma)
-    profile = torch.zeros(steps)
-    for step in range(1, steps + 1):
-        beta = (1 - 1 / step) ** (ema.gamma + 1)
-        profile *= beta
-        profile[step - 1] += 1 - beta
-        with torch.no_grad():
-            net.weight.fill_(step)
-        ema.update(step)
-    weights = profile.double().numpy()
-    times = np.arange(1, steps + 1) / steps
-    mean = (weights * times).sum()
-    assert weights.sum() == pytest.approx(1, abs=1e-4)
-    assert np.sqrt((weights * (times - mean) ** 2).sum()) == pytest.approx(sigma, rel=0.03)
-    assert ema.average["w"].item() == pytest.approx(mean * steps, rel=1e-3)
-    with ema.swapped_in():
-        assert net.weight.item() == ema.average["w"].item()
-    assert net.weight.item() == steps
 
 
 def test_differences_name_a_few():

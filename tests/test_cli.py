@@ -153,6 +153,7 @@ def test_every_help_has_examples(capsys):
         "generate",
         "batch",
         "finetune",
+        "plan",
         "demo",
         "shards",
         "shards build",

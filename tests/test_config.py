@@ -82,3 +82,23 @@ def test_command_line(tmp_path, capsys):
         parse_args(Run, ["--help"], "Trains.", "python train/x.py configs/x.yaml trainer.steps=9")
     out = capsys.readouterr().out
     assert left.value.code == 0 and "trainer.steps = 1000" in out and "trainer.steps=9" in out
+
+
+def test_a_file_holds_what_differs_from_its_base(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "first.yaml").write_text("trainer: {steps: 5, lr: 1e-4}\ndata: {path: here}\n")
+    (tmp_path / "deep/second.yaml").write_text("base: ../first.yaml\ntrainer: {steps: 6}\n")
+    (tmp_path / "deep/third.yaml").write_text("base: second.yaml\ndata: {limit: 3}\n")
+    cfg = load_config(Run, tmp_path / "deep/third.yaml", ["trainer.warmup=2"])
+    assert (cfg.trainer.steps, cfg.trainer.lr, cfg.trainer.warmup) == (6, 1e-4, 2)
+    assert cfg.data == Data(path="here", limit=3)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [("run.yaml", "leads back"), ("gone.yaml", "no such config file"), ("[a, b]", "not the path")],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path, base, words):
+    (tmp_path / "run.yaml").write_text(f"base: {base}\ntrainer: {{steps: 5}}\n")
+    with pytest.raises(ConfigError, match=words):
+        load_config(Run, tmp_path / "run.yaml")

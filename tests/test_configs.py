@@ -59,7 +59,8 @@ def test_a_stage_reads_what_the_one_before_writes(family):
 @pytest.mark.parametrize("name", CLASSES)
 def test_tiny_configs_say_how_to_make_what_they_need(name):
     cfg = read("tiny", name)
-    assert not getattr(cfg.trainer, "compile", False) and getattr(cfg.trainer, "tensorboard", True)
+    assert not getattr(cfg.trainer, "compile", False)
+    assert getattr(cfg.trainer, "tracker", "tensorboard") == "tensorboard"
     for path, command in cfg.needs.items():
         first = command.split()[0]
         if first == "-m":

@@ -27,6 +27,22 @@ def test_grid_equals_the_schedulers_sigmas(steps, shift):
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
 
 
+def test_the_shift_for_more_tokens_keeps_the_uncertainty():
+    """The mean of a k x k patch of one value under noise has k times less noise: SD3's equation 22 and 23."""
+    assert flow.shift_for_tokens(256, 256, 2.5) == 2.5
+    assert flow.shift_for_tokens(4096, 256, 3.0) == pytest.approx(12.0)
+    assert flow.shift_for_tokens(64, 256) == pytest.approx(0.5)
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    finer = flow.shift_time(t, flow.shift_for_tokens(1024, 64))
+    torch.testing.assert_close(finer / (1 - finer) / 4, t / (1 - t))
+
+
+@pytest.mark.parametrize("given", [(0, 64, 1.0), (64, 0, 1.0), (64, 64, 0.0)])
+def test_a_shift_for_nothing_is_a_user_error(given):
+    with pytest.raises(ValueError, match="positive"):
+        flow.shift_for_tokens(*given)
+
+
 def test_no_steps_is_a_user_error():
     with pytest.raises(ValueError, match="steps"):
         flow.grid(0)

@@ -5,7 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from diffusionfm.data.order import Batches, Order, draw
+from diffusionfm.data.order import STRETCH, Batches, Order, draw, draw_all
+from diffusionfm.data.reader import ShardDataset
+from diffusionfm.data.shards import ShardWriter
 
 
 def test_every_epoch_is_another_permutation():
@@ -20,6 +22,36 @@ def test_the_order_is_fixed_for_good():
     """Recorded: a changed order would silently break the resume of runs already begun."""
     assert Order(10, seed=0).epoch(0).tolist() == [2, 0, 4, 9, 3, 8, 1, 7, 5, 6]
     assert draw(1, 2, np.arange(2)).dtype == np.uint64
+
+
+@pytest.mark.parametrize("weights", [None, "some"])
+def test_a_look_into_the_middle_is_the_middle_of_the_sorted_whole(weights):
+    """Epochs of several stretches, against a plain sort of all draws."""
+    n = 3 * STRETCH + 17
+    given = None if weights is None else np.random.default_rng(0).random(n) * 2
+    order = Order(n, 4, given)
+    pool = np.arange(n)
+    if given is not None:
+        chance = (draw(4, 2, pool, purpose=1) >> np.uint64(11)) * 2.0**-53
+        pool = np.repeat(pool, np.floor(given).astype(int) + (chance < given % 1))
+    whole = pool[np.argsort(draw(4, 2, np.arange(len(pool))), kind="stable")]
+    assert order.length(2) == len(whole)
+    for start, stop in (
+        (0, 1),
+        (STRETCH - 500, STRETCH + 500),
+        (7, 2 * STRETCH),
+        (len(whole) - 3, len(whole) + 9),
+    ):
+        assert np.array_equal(order.part(2, start, stop), whole[start:stop])
+    assert np.array_equal(order.epoch(2), whole) and order.index(2, 70000) == whole[70000]
+
+
+def test_draws_are_all_different():
+    """The order rests on it: equal draws would leave the sort a choice."""
+    bits = draw_all(5, 6, 10**6)
+    assert len(np.unique(bits)) == 10**6 and np.array_equal(
+        bits[70000:70010], draw(5, 6, np.arange(70000, 70010))
+    )
 
 
 def test_draws_are_uniform_and_seeds_and_epochs_unrelated():
@@ -95,6 +127,41 @@ def test_weighted_streams_resume_and_split_too():
     while len(epochs) < len(early):
         epochs += order.epoch(order.locate(len(epochs))[0]).tolist()
     assert early == epochs[: len(early)]
+
+
+def test_more_ranks_than_samples():
+    """Two samples on four ranks, one of a batch each: each sample comes as often as the other, none is lost."""
+    ranks = [Batches(range(2), list, batch_size=4, seed=0, rank=r, world=4) for r in range(4)]
+    for step in range(5):
+        assert Counter(i for rank in ranks for i in rank.batch(step)) == {0: 2, 1: 2}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_no_sample_repeats_or_is_lost_with_fewer_shards_than_workers(tmp_path, workers, world, shards):
+    with ShardWriter(tmp_path, samples_per_shard=-(-12 // shards)) as writer:
+        for i in range(12):
+            writer.write_members(f"k{i}", {"safetensors": bytes([i])}, f"number {i}", {"split": "train"})
+    streams = []
+    for rank in range(world):
+        dataset = ShardDataset(tmp_path, split="train", needs=("safetensors", "txt"))
+        batches = Batches(dataset, list, batch_size=4, seed=0, workers=workers)
+        batches.split(rank, world)
+        streams.append(batches.stream())
+    assert len(dataset.paths) == shards
+    for _ in range(4):  # epochs, of three steps
+        keys = [sample["key"] for _ in range(3) for stream in streams for sample in next(stream)]
+        assert sorted(keys) == sorted(f"k{i}" for i in range(12))
+    for stream in streams:
+        stream.close()
+
+
+def test_fingerprints_of_data_without_one_tell_how_many_samples():
+    prints = [
+        Batches(range(n), list, batch_size=2, seed=seed).fingerprint for n, seed in ((5, 0), (5, 1), (6, 0))
+    ]
+    assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
 
 
 @pytest.mark.parametrize("weights", [[1, 2], [1, -1, 1], [float("nan"), 1, 1], [0.1, 0.1, 0.1]])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zlib
@@ -73,6 +74,57 @@ def test_split(tmp_path, with_parquet):
     assert len(ShardDataset(tmp_path, split="train")) == 4
     with pytest.raises(ValueError, match="no usable sample of split 'test'"):
         ShardDataset(tmp_path, split="test")
+
+
+def test_a_split_opens_without_reading_the_headers_of_later_shards(tmp_path):
+    """Their bytes are spoilt: only when one of their samples is asked for does it show."""
+    write(tmp_path, count=12)
+    by_headers = [dataset.key(i) for dataset in [ShardDataset(tmp_path)] for i in range(12) if i % 3]
+    spoilt = tmp_path / "00002.tar"
+    spoilt.write_bytes(b"x" * spoilt.stat().st_size)
+    dataset = ShardDataset(tmp_path, split="train")
+    assert [dataset.key(i) for i in range(len(dataset))] == by_headers and dataset.faults == []
+    assert dataset.columns("split", "caption", "width") == [
+        ("train", f"number {key}", 8) for key in by_headers
+    ]
+    assert [sample["key"] for sample in dataset] == [key for key in by_headers if int(key) < 8]
+    assert dataset.faults == [
+        "00002.tar: unreadable at byte 0: not a tar header (is it a plain, uncompressed tar?)"
+    ]
+    assert len(ShardDataset(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("name", ["00001.parquet", "00001_stats.json"])
+def test_where_parquet_and_stats_do_not_fit_the_tar_its_headers_tell(tmp_path, name):
+    write(tmp_path / "a", count=12)
+    write(tmp_path / "b", count=8)
+    shutil.copy(tmp_path / "b/00000.tar", tmp_path / "a/00001.tar")  # keys 0 to 3 where 4 to 7 are told
+    (tmp_path / "a" / name).write_bytes(b"broken")
+    dataset = ShardDataset(tmp_path / "a", split="train")
+    assert [dataset.key(i) for i in range(len(dataset))] == ["1", "2", "8", "10", "11"]
+    assert sum("already in 00000.tar" in text for text in dataset.problems) == 4
+
+
+def test_a_shard_of_which_only_the_parquet_is_left_is_missed(tmp_path):
+    write(tmp_path)
+    (tmp_path / "00001.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"00001.tar is missing, its parquet is there \(1 such\): put the tar back"
+    ):
+        ShardDataset(tmp_path)
+    assert len(ShardDataset(tmp_path / "00000.tar")) == 4
+
+
+def test_sizes_by_metadata_or_header(tmp_path):
+    long_profile = io.BytesIO()
+    Image.new("RGB", (5, 7)).save(long_profile, "JPEG", icc_profile=b"x" * 200_000)
+    members = [("a.png", encoded(0)), ("a.txt", b"a"), ("b.jpg", long_profile.getvalue()), ("b.txt", b"b")]
+    members += [("c.png", b"junk"), ("c.txt", b"c"), ("c.json", b'{"width": 3, "height": 4}')]
+    dataset = ShardDataset(tar(tmp_path / "0.tar", members))
+    assert dataset.sizes().tolist() == [[8, 8], [5, 7], [3, 4]]
+    tar(tmp_path / "1.tar", members[4:6])
+    with pytest.raises(BadSample, match="1.tar: c"):
+        ShardDataset(tmp_path / "1.tar").sizes()
 
 
 def test_missing_shards(tmp_path):
@@ -223,6 +275,17 @@ def test_latent_shards(tmp_path):
     dataset = ShardDataset(tmp_path, needs=("safetensors", "txt"))
     assert np.array_equal(load(dataset.raw(0)["safetensors"])["latent"], latent)
     assert np.array_equal(load(dataset[0]["safetensors"])["latent"], latent) and "picture" not in dataset[0]
+    assert dataset.tensor_shape(0, "latent") == (3, 2, 2)
+    with pytest.raises(BadSample, match="no tensor 'text'"):
+        dataset.tensor_shape(0, "text")
+
+
+def test_latents_with_parquets_are_no_pictures(tmp_path):
+    with ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for key in "ab":
+            writer.write_members(key, {"safetensors": b"x"}, "a latent", {"split": "train"})
+    with pytest.raises(ValueError, match="no usable sample of split 'train'.*no picture"):
+        ShardDataset(tmp_path, split="train")
 
 
 def test_picture_bombs_are_refused_by_their_header():

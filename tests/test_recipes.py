@@ -19,7 +19,7 @@ from diffusionfm.data.shards import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 # Recipe config -> (recipe, the configs it builds on, overrides that make it short).
-SHORT = ("trainer.steps=2", "trainer.batch_size=2", "trainer.compile=false")
+SHORT = ("trainer.steps=2", "trainer.batch_size=2", "trainer.grad_accum=2", "trainer.compile=false")
 CONFIGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "tokenizer": ("tokenizer", (), ()),
     "vae": ("vae", (), (*SHORT, "validation_pictures=4", "statistics_pictures=4")),

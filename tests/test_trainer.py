@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusionfm import checkpoint, optim
+from diffusionfm import checkpoint, cost, guard, optim
 from diffusionfm.checkpoint import CheckpointError
 from diffusionfm.trainer import Trainer, TrainerConfig, TrainingDiverged
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trainer_toy import Denoise, Toy, ToyBatches  # noqa: E402
+from trainer_toy import Denoise, Restore, Toy, ToyBatches  # noqa: E402
 
 TOY = str(Path(__file__).parent / "trainer_toy.py")
 
 
 def _config(folder: Path, **changes) -> TrainerConfig:
     given = {"steps": 4, "batch_size": 8, "lr": 1e-2, "warmup": 3, "device": "cpu", "precision": "fp32"}
-    return TrainerConfig(output_dir=str(folder), **given | {"tensorboard": False} | changes)
+    return TrainerConfig(output_dir=str(folder), **given | {"tracker": "none"} | changes)
 
 
 def _train(folder: Path, net: nn.Module | None = None, data=None, callbacks=None, **changes) -> Path:
@@ -67,7 +67,7 @@ def test_killed_at_random_it_goes_on_to_the_same_end(tmp_path):
     common = [
         "trainer.steps=40",
         "trainer.checkpoint_every=1",
-        "trainer.tensorboard=false",
+        "trainer.tracker=none",
         "trainer.batch_size=8",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -123,7 +123,7 @@ def test_the_run_folder_tells_the_story(tmp_path):
         return {"heldout_loss": 0.5}
 
     run = _train(
-        tmp_path, net=live, callbacks={"on_sample": look, "validate": look}, tensorboard=True, **settings
+        tmp_path, net=live, callbacks={"on_sample": look, "validate": look}, tracker="tensorboard", **settings
     )
     lines = _metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 11)) and lines[-1]["samples"] == 80
@@ -177,9 +177,142 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_move(tmp_path):
     assert isinstance(error.value, ValueError) and isinstance(error.value, FloatingPointError)
     dumped = json.loads((tmp_path / "diverged.json").read_text())
     assert dumped["step"] == 7 and dumped["key"] == [f"6-{i}" for i in range(8)]
+    kept = tmp_path / "bad_batches" / "step_00000007"
+    assert json.loads((kept / "rank0.json").read_text())["key"] == dumped["key"]
+    assert load_file(kept / "rank0.safetensors")["x"].isnan().any()
     assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 6)
     _train(tmp_path, steps=10)
     assert [line["step"] for line in _metrics(tmp_path)] == list(range(1, 11))
+
+
+class Leaping(ToyBatches):
+    """Batches a thousand times too large at some steps, counted from 0."""
+
+    def __init__(self, *bad: int):
+        super().__init__()
+        self.bad = bad
+
+    def batch(self, step):
+        batch = super().batch(step)
+        batch["x"] *= 1000 if step in self.bad else 1
+        return batch
+
+
+def test_a_leaping_step_is_skipped_named_and_kept(tmp_path, capsys):
+    """Its weights are those before it, and a run resumed in between decides alike."""
+    for steps in (56, 66):  # the statistics judge from step 51
+        _train(tmp_path / "parts", steps=steps, data=Leaping(53, 60), decay_fraction=0.0)
+    _train(tmp_path / "whole", steps=66, data=Leaping(53, 60), decay_fraction=0.0, checkpoint_every=53)
+    _same_end(tmp_path / "whole", tmp_path / "parts", 66)
+    assert "step 54 skipped: loss" in capsys.readouterr().out
+    skipped = {m["step"]: m["skipped"] for m in _metrics(tmp_path / "whole") if "skipped" in m}
+    assert skipped == {54: 1, 61: 2}
+    assert json.loads((tmp_path / "whole" / "ledger.json").read_text())["skipped"] == 2
+    kept = sorted(path.name for path in (tmp_path / "whole" / "bad_batches").iterdir())
+    assert kept == ["step_00000054", "step_00000061"]
+    record = json.loads((tmp_path / "whole" / "bad_batches" / kept[0] / "rank0.json").read_text())
+    assert record["key"] == [f"53-{i}" for i in range(8)] and "running mean" in record["what"]
+    _train(tmp_path / "off", steps=54, data=Leaping(53), spike=0.0)
+    assert not (tmp_path / "off" / "bad_batches").exists()
+
+
+def test_a_skipped_step_moves_no_weight(tmp_path):
+    settings = {"decay_fraction": 0.0, "checkpoint_every": 1, "keep": 5}
+    run = _train(tmp_path, steps=55, data=Leaping(53), **settings)
+    before, after, next_one = (
+        load_file(checkpoint.step_folder(run, step) / "net.safetensors") for step in (53, 54, 55)
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not torch.equal(after["leave.weight"], next_one["leave.weight"])
+
+
+def test_leaping_on_and_on_stops_with_the_good_checkpoint(tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"at step 58, as in the 4 steps before.*lower trainer.lr"):
+        _train(tmp_path, steps=70, data=Leaping(*range(53, 70)), decay_fraction=0.0, checkpoint_every=50)
+    assert json.loads((tmp_path / "diverged.json").read_text())["key"][0] == "57-0"
+    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 50)
+    _train(tmp_path, steps=55, decay_fraction=0.0)
+
+
+def test_a_large_batch_is_kept_in_part_and_old_ones_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_BYTES", 400)
+    batch = {"x": torch.zeros(10, 20), "one": torch.tensor(1), "key": [str(i) for i in range(10)]}
+    for step in range(12):
+        guard.dump_batch(tmp_path / f"step_{step:08d}", batch, 0, {"step": step})
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == [f"step_{step:08d}" for step in range(12 - guard.MOST_DUMPS, 12)]
+    record = json.loads((tmp_path / kept[-1] / "rank0.json").read_text())
+    assert (record["samples"], record["kept"], record["key"]) == (10, 4, ["0", "1", "2", "3"])
+    assert load_file(tmp_path / kept[-1] / "rank0.safetensors")["x"].shape == (4, 20)
+
+
+def test_cost_is_in_the_log(tmp_path):
+    run = _train(tmp_path, steps=3)
+    lines, ledger = _metrics(run), json.loads((run / "ledger.json").read_text())
+    environment = json.loads((run / "environment.json").read_text())
+    for line in lines:
+        rate = environment["matrix_flops_per_s"]
+        assert line["mfu"] == pytest.approx(line["images_per_s"] * Denoise.flops_per_sample / rate)
+    assert 0 < lines[0]["kwh"] < lines[-1]["kwh"] == pytest.approx(ledger["kwh"])
+    assert ledger["energy"] == environment["energy"]
+    matrix = torch.zeros(8, 16)
+    assert cost.count_flops(lambda: matrix @ matrix.T) == 2 * 8 * 16 * 8
+
+
+def test_counters_of_energy_are_read_and_wrap(tmp_path, monkeypatch):
+    """A powercap tree as Linux lays it out, in a folder of its own."""
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "energy_uj").write_text("9000000\n")
+    (zone / "max_energy_range_uj").write_text("10000000\n")
+    monkeypatch.setattr(cost, "POWERCAP", tmp_path)
+    first, second = (cost.Energy(torch.device("cpu"), local_rank=rank) for rank in (0, 1))
+    assert first.method == "rapl: the CPU packages"
+    (zone / "energy_uj").write_text("9500000\n")
+    assert first.read() == pytest.approx(0.5)
+    (zone / "energy_uj").write_text("200000\n")
+    assert first.read() == pytest.approx(0.7) and second.read() == 0.0
+    monkeypatch.setattr(cost, "POWERCAP", tmp_path / "none")
+    guessed = cost.Energy(torch.device("cpu"))
+    assert "estimate: 10 W a thread" in guessed.method and guessed.read() > 0
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(ValueError, match="pip install trackio"):
+        _train(tmp_path / "run", tracker="trackio")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="trainer.tracker is one of tensorboard, trackio, none"):
+        _config(tmp_path, tracker="wandb")
+
+
+def test_other_data_and_another_stage_are_refused_and_the_run_goes_on(tmp_path):
+    class Known(ToyBatches):
+        fingerprint = "one"
+
+    class Other(ToyBatches):
+        fingerprint = "other"
+
+    _train(tmp_path, data=Known(), steps=2, decay_fraction=0.0)
+    with pytest.raises(
+        ValueError, match="training data .*is other, was one; take another trainer.output_dir"
+    ):
+        _train(tmp_path, data=Other(), decay_fraction=0.0)
+
+    class Stage(Denoise):
+        def networks(self):
+            return {"decoder": self.net}
+
+    with pytest.raises(ValueError, match="it trained net, this config trains decoder; take another"):
+        Trainer(_config(tmp_path), Stage(Toy()), Known()).fit()
+    with pytest.raises(
+        ValueError, match="batch_size=9 does not divide into 1 processes x trainer.grad_accum=2"
+    ):
+        _train(tmp_path / "new", batch_size=9, grad_accum=2)
+    _train(tmp_path, data=Known(), decay_fraction=0.0)
+    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
@@ -338,9 +471,22 @@ def test_compiled_networks_keep_their_names_and_sample_uncompiled(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", [True, "blocks"])
+def test_compiled_losses_are_the_eager_ones(tmp_path, compiled):
+    def losses(folder, **changes):
+        torch.manual_seed(0)
+        Trainer(_config(folder, **changes), Restore("transformer"), ToyBatches()).fit()
+        return [(m["loss"], m["grad_norm"]) for m in _metrics(folder)]
+
+    eager, fast = losses(tmp_path / "eager"), losses(tmp_path / "fast", compile=compiled)
+    for one, two in zip(eager, fast, strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_two_ranks_learn_as_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    more = ["trainer.steps=6", "trainer.batch_size=8", "trainer.tensorboard=false", "trainer.precision=fp32"]
+    more = ["trainer.steps=6", "trainer.batch_size=8", "trainer.tracker=none", "trainer.precision=fp32"]
     command = [*launch, TOY, f"trainer.output_dir={tmp_path}", *more]
     for steps in (6, 9):
         done = subprocess.run(

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.trainer import Trainer, TrainerConfig
+from diffusionfm.transformer import DiffusionTransformer
+from diffusionfm.unet import DiffusionUNet
 
 
 @dataclass
@@ -15,6 +17,9 @@ class ToyConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     width: int = 8
     pause: float = 0.0
+    net: str = (
+        "toy"  # or transformer or unet: a real denoiser and a loss that draws nothing, equal on any ranks
+    )
 
 
 class Toy(nn.Module):
@@ -52,6 +57,41 @@ class Denoise(nn.Module):
         return loss, {"level": x.abs().mean()}
 
 
+class Gain(nn.Module):
+    """One number, which no sharding can cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log.exp()
+
+
+class Restore(nn.Module):
+    """A denoiser that reads a frozen text layer and gives its latent back: every number comes from the batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        common = {"in_channels": 4, "text_dim": 8, "condition_dim": 16, "registers": 2, "heads": 2}
+        if kind == "unet":
+            self.net: nn.Module = DiffusionUNet(widths=(32, 64), blocks=1, text_width=32, grid=4, **common)
+        else:
+            self.net = DiffusionTransformer(width=32, depth=3, grid=2, **common)
+        for parameter in self.net.parameters():  # zero-initialised layers would leave most gradients at 0
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        self.gain, self.text = Gain(), nn.Linear(8, 8).requires_grad_(False)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"net": self.net, "gain": self.gain}
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        x = batch["latent"]
+        text, mask = self.text(batch["x"].repeat(1, 2)[:, None]), torch.ones(len(x), 1, dtype=torch.bool)
+        out = self.gain(self.net(x, batch["x"][:, 0].sigmoid(), text.to(x.device), mask.to(x.device)))
+        return (out.float() - x).square().mean(), {"level": out.abs().mean()}
+
+
 class ToyBatches:
     """`size` samples a step over all ranks, each a pure function of its place."""
 
@@ -63,14 +103,16 @@ class ToyBatches:
         self.places = range(rank * self.size // world, (rank + 1) * self.size // world)
 
     def batch(self, step: int) -> dict:
-        rows = [torch.randn(4, generator=torch.Generator().manual_seed(1000 * step + i)) for i in self.places]
-        return {"x": torch.stack(rows), "key": [f"{step}-{i}" for i in self.places]}
+        draws = [torch.Generator().manual_seed(1000 * step + i) for i in self.places]
+        batch = {"x": torch.stack([torch.randn(4, generator=draw) for draw in draws])}
+        batch["latent"] = torch.stack([torch.randn(4, 4, 4, generator=draw) for draw in draws])
+        return batch | {"key": [f"{step}-{i}" for i in self.places]}
 
 
 def main() -> None:
     cfg = parse_args(ToyConfig)
     torch.manual_seed(0)
-    objective = Denoise(Toy(cfg.width), cfg.pause)
+    objective = Denoise(Toy(cfg.width), cfg.pause) if cfg.net == "toy" else Restore(cfg.net)
     with user_errors():
         data = ToyBatches(cfg.trainer.batch_size)
         Trainer(cfg.trainer, objective, data, resolved_config=cfg).fit()

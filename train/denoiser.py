@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedTokenizerFast
 
-from diffusionfm.autoencoder import AutoencoderKL
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import (
@@ -18,10 +17,12 @@ from diffusionfm.data.training import (
     latent_batches,
     latent_dataset,
 )
+from diffusionfm.encoders import load_text, load_vae
 from diffusionfm.images import contact_sheet
 from diffusionfm.needs import make_missing, require
 from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline, build_pipeline
+from diffusionfm.precompute.encoder import text_hash
 from diffusionfm.trainer import Trainer, TrainerConfig
 from diffusionfm.transformer import DiffusionTransformer
 from diffusionfm.unet import DiffusionUNet
@@ -53,6 +54,7 @@ class DenoiserConfig:
     kind: str = "transformer"  # or unet
     denoiser: dict = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
+    checkpointing: bool = False  # keep what enters each block, compute the rest again in the backward pass
     vae: str = "runs/icons/vae/vae"
     text_encoder: str = "runs/icons/text_encoder/text_encoder"
     tokenizer: str = "runs/icons/tokenizer/tokenizer"
@@ -69,26 +71,17 @@ def main(argv: list[str] | None = None) -> Path:
         make_missing(cfg.needs)
         require(vae=cfg.vae, text_encoder=cfg.text_encoder, tokenizer=cfg.tokenizer)
         torch.manual_seed(cfg.trainer.seed)
-        vae = AutoencoderKL.from_pretrained(cfg.vae, use_safetensors=True, local_files_only=True).eval()
-        text_encoder = AutoModel.from_pretrained(
-            cfg.text_encoder,
-            dtype=torch.float32,  # the shipped one lies in half precision
-            use_safetensors=True,
-            local_files_only=True,
-            add_pooling_layer=False,
-        )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer, local_files_only=True)
-        made_by = weights_hash(vae)
-        held_out = collate_latents(
-            fixed_samples(latent_dataset(cfg.data.shards, made_by, "heldout"), cfg.validation_latents)
-        )
-        data = latent_batches(cfg.data, made_by, cfg.trainer.batch_size, cfg.trainer.seed)
-        sizes = {"in_channels": vae.config.latent_channels, "text_dim": text_encoder.config.hidden_size}
-        denoiser = DENOISERS[cfg.kind](**{**sizes, **cfg.denoiser})
+        vae = load_vae(cfg.vae)
+        text_encoder, tokenizer = load_text(cfg.text_encoder, cfg.tokenizer)
+        made_by = {"vae_hash": weights_hash(vae), "text_hash": text_hash(text_encoder, tokenizer)}
+        unseen = latent_dataset(cfg.data.shards, split="heldout", **made_by)
+        held_out = collate_latents(fixed_samples(unseen, cfg.validation_latents, cfg.data.buckets))
+        data = latent_batches(cfg.data, batch_size=cfg.trainer.batch_size, seed=cfg.trainer.seed, **made_by)
+        denoiser = build_denoiser(cfg, vae.latent_channels, text_encoder.config.hidden_size)
         objective = FlowMatching(denoiser, text_encoder, tokenizer, **cfg.objective)
-        size = held_out["latent"].shape[-1] * vae.downsample
+        height, width = (side * vae.downsample for side in held_out["latent"].shape[-2:])
         defaults = {key: getattr(cfg.sample, key) for key in ("steps", "guidance", "shift")}
-        defaults |= {"height": size, "width": size}
+        defaults |= {"height": height, "width": width}
         pipe = build_pipeline(vae, text_encoder, tokenizer, denoiser, defaults)
         run = Path(cfg.trainer.output_dir)
 
@@ -112,6 +105,22 @@ def main(argv: list[str] | None = None) -> Path:
             pipe.to(torch.float16)  # half the bytes; loads as float32 or bfloat16
             pipe.save_pretrained(run / "pipeline")
     return run
+
+
+def build_denoiser(cfg: DenoiserConfig, in_channels: int, text_dim: int) -> Any:
+    """The network of a config, for latents and text features of these widths; ValueError where it names others."""
+    for key, size, folder in (
+        ("in_channels", in_channels, cfg.vae),
+        ("text_dim", text_dim, cfg.text_encoder),
+    ):
+        if cfg.denoiser.get(key, size) != size:
+            raise ValueError(
+                f"denoiser.{key}={cfg.denoiser[key]}, but {folder} gives {size}: set it to that, or name another folder"
+            )
+    denoiser = DENOISERS[cfg.kind](**{"in_channels": in_channels, "text_dim": text_dim, **cfg.denoiser})
+    if cfg.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
 
 
 def draw_grid(pipe: DiffusionFMPipeline, prompts: list[str]):

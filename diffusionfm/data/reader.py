@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from diffusionfm.data.shards import shard_paths
+from diffusionfm.data.index import manifest, tar_members
+from diffusionfm.data.shards import SIZE_COLUMNS, TEXT_COLUMNS, shard_paths
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
+FORMATS = ("WEBP", "PNG", "JPEG")
 EXTENSIONS = {*PICTURES, "txt", "json", "safetensors"}
 MAX_PIXELS = 64 * 2**20
 MAX_MEMBER = 2**28  # bytes; a larger member is no picture and no caption
 MAX_OPEN = 256  # files kept open a process
-Sample = tuple[str, int, dict[str, tuple[int, int]]]  # key, shard, extension -> (offset, size)
+HEAD = 2**16  # bytes in which a picture's size is looked for first
+Members = dict[str, tuple[int, int]]  # extension -> (offset, size)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -31,11 +39,14 @@ class ShardDataset:
     """The samples of a folder of shards (or of some shards), in tar order, at random access.
 
     paths: a folder, a shard, or a list of shards.
-    split: None for all, or the `split` of the samples wanted ("train", "heldout").
+    split: None for all, or the `split` of the samples wanted ("train", "heldout"). The parquets then tell which
+        samples there are, and a tar's headers are read when the first of its samples is: a large set opens at once.
+        Where parquet, stats and tar disagree, and with no split, headers and JSONs tell.
     on_error: "skip" names bad samples in `problems` and leaves them out; "raise" raises BadSample.
     needs: what a sample must hold: "picture" (webp, png, jpg or jpeg) or an extension ("txt", "safetensors").
 
     Only pictures, .txt, .json and .safetensors are ever read; `ignored` counts other members by extension.
+    `faults` names the shards that are cut short or no tars: what they should hold is not here.
     Safe to share by threads and across forks. ValueError where there is no shard or no usable sample.
     """
 
@@ -49,18 +60,17 @@ class ShardDataset:
         if on_error not in ("skip", "raise"):
             raise ValueError(f'on_error is {on_error!r}; it must be "skip" or "raise"')
         self.paths = _paths(paths)
+        self.split = split
         self.on_error = on_error
         self.needs = tuple(needs)
         self.problems: list[str] = []
-        self.ignored: dict[str, int] = {}
+        self.faults: list[str] = []
+        self.ignored: Counter[str] = Counter()
         self._bad: set[int] = set()
         self._files: dict[int, int] = {}
-        self._samples: list[Sample] = []
-        seen: dict[str, int] = {}
-        for shard in range(len(self.paths)):
-            self._index(shard, seen)
-        if split is not None:
-            self._samples = self._of_split(split)
+        self._tables: dict[int, dict[str, Members]] = {}  # of the shards whose headers were read
+        self._samples: list[tuple[str, int]] = []  # key, shard
+        self._index()
         if not self._samples:
             of = f" of split {split!r}" if split else ""
             why = "; ".join(self.problems[:3]) or "none found"
@@ -100,33 +110,45 @@ class ShardDataset:
         for handle in self.__dict__.get("_files", {}).values():
             os.close(handle)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, over the names and sizes of the shards, the split and the keys in their order."""
+        digest = hashlib.sha256(repr(self.split).encode())
+        for path in self.paths:
+            digest.update(f"\n{path.name} {path.stat().st_size}".encode())
+        digest.update("\n".join(["", *(key for key, _ in self._samples)]).encode())
+        return digest.hexdigest()
+
     def read(self, i: int) -> dict[str, Any]:
         """Sample i itself, as `__getitem__` gives it. BadSample when it cannot be decoded."""
-        key, shard, members = self._samples[i]
+        key, shard = self._samples[i]
+        members = self._members(i)
         sample: dict[str, Any] = {"key": key, "meta": self.meta(i)}
         picture = next((extension for extension in PICTURES if extension in members), None)
+        wanted = [picture] if picture and "picture" in self.needs else []
+        data = {name: self._member(i, name) for name in (*wanted, "txt", "safetensors") if name in members}
         try:
-            if picture and "picture" in self.needs:
-                sample["picture"] = decode_picture(self._member(i, picture))
-            if "txt" in members:
-                sample["caption"] = self._member(i, "txt").decode("utf-8").strip()
+            if picture in data:
+                sample["picture"] = decode_picture(data[picture])
+            if "txt" in data:
+                sample["caption"] = data["txt"].decode("utf-8").strip()
         except DECODE_ERRORS as error:
             raise BadSample(f"{self.paths[shard].name}: {key}: {error}") from error
-        if "safetensors" in members:
-            sample["safetensors"] = self._member(i, "safetensors")
+        if "safetensors" in data:
+            sample["safetensors"] = data["safetensors"]
         return sample
 
     def raw(self, i: int) -> dict[str, bytes]:
         """The members of sample i as stored: extension -> bytes (pictures, txt, json, safetensors only)."""
-        return {extension: self._member(i, extension) for extension in self._samples[i][2]}
+        return {extension: self._member(i, extension) for extension in self._members(i)}
 
     def key(self, i: int) -> str:
         """The key of sample i; no file is read."""
         return self._samples[i][0]
 
     def members(self, i: int) -> tuple[str, ...]:
-        """The extensions that sample i has; no file is read."""
-        return tuple(self._samples[i][2])
+        """The extensions that sample i has."""
+        return tuple(self._members(i))
 
     def shard(self, i: int) -> Path:
         """The tar that sample i lies in."""
@@ -138,8 +160,8 @@ class ShardDataset:
 
     def meta(self, i: int) -> dict[str, Any]:
         """The JSON of sample i, {} where it has none. BadSample when it is no JSON object."""
-        key, shard, members = self._samples[i]
-        if "json" not in members:
+        key, shard = self._samples[i]
+        if "json" not in self._members(i):
             return {}
         try:
             meta = json.loads(self._member(i, "json"))
@@ -149,12 +171,68 @@ class ShardDataset:
             raise BadSample(f"{self.paths[shard].name}: {key}.json: not an object")
         return meta
 
-    def _member(self, i: int, extension: str) -> bytes:
-        key, shard, members = self._samples[i]
-        offset, size = members[extension]
+    def columns(self, *names: str) -> list[tuple[Any, ...]]:
+        """What the metadata tells of every sample under `names`, None where nothing.
+
+        From the parquets where these are to be trusted, which opens no tar, else from the JSONs."""
+        told: dict[int, dict[str, tuple[Any, ...]]] = {}
+        for shard in {shard for _, shard in self._samples if {*names} <= {*TEXT_COLUMNS, *SIZE_COLUMNS}}:
+            if table := manifest(self.paths[shard], names):
+                rows = zip(*(table[name] for name in names), strict=True)
+                told[shard] = dict(zip(table["key"], rows, strict=True))
+        return [
+            told[shard][key] if key in told.get(shard, {}) else tuple(map(self.meta(i).get, names))
+            for i, (key, shard) in enumerate(self._samples)
+        ]
+
+    def sizes(self) -> np.ndarray:
+        """Width and height of every picture in pixels, int64 (n, 2), by the metadata or by the picture's header.
+
+        BadSample for a picture whose size neither tells."""
+        told = self.columns("width", "height")
+        return np.array([size if all(size) else self._picture_size(i) for i, size in enumerate(told)])
+
+    def tensor_shape(self, i: int, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in sample i's safetensors, by its header. BadSample when it has none."""
+        try:
+            start = self._member(i, "safetensors", 8)
+            header = json.loads(self._member(i, "safetensors", 8 + int.from_bytes(start, "little"))[8:])
+            return tuple(header[name]["shape"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadSample(f"{self.shard(i).name}: {self.key(i)}: no tensor {name!r} ({error})") from error
+
+    def _picture_size(self, i: int) -> tuple[int, int]:
+        extension = next(name for name in PICTURES if name in self._members(i))
+        try:
+            try:
+                return open_picture(self._member(i, extension, HEAD)).size
+            except OSError:  # a long profile or thumbnail before the size
+                return open_picture(self._member(i, extension)).size
+        except DECODE_ERRORS as error:
+            raise BadSample(f"{self.shard(i).name}: {self.key(i)}: {error}") from error
+
+    def _members(self, i: int) -> Members:
+        key, shard = self._samples[i]
+        table = self._tables.get(shard)
+        if table is None:
+            table = self._read_table(shard)
+        if key not in table:
+            raise BadSample(f"{self.paths[shard].name}: {key}: told by the parquet, but not whole in the tar")
+        return table[key]
+
+    def _member(self, i: int, extension: str, most: int | None = None) -> bytes:
+        """The bytes of a member, or its first `most`."""
+        key, shard = self._samples[i]
+        offset, size = self._members(i)[extension]
+        size = size if most is None else min(size, most)
         handle = self._files.get(shard)
         if handle is None:
-            handle = os.open(self.paths[shard], os.O_RDONLY)
+            try:
+                handle = os.open(self.paths[shard], os.O_RDONLY)
+            except OSError as error:
+                raise ValueError(
+                    f"shard {self.paths[shard]} is gone ({error}); put it back and run again"
+                ) from error
             if len(self._files) >= MAX_OPEN or self._files.setdefault(shard, handle) != handle:
                 data = os.pread(handle, size, offset)  # too many, or another thread was first
                 os.close(handle)
@@ -176,35 +254,65 @@ class ShardDataset:
             self._bad.add(i)
             self.problems.append(text)
 
-    def _index(self, shard: int, seen: dict[str, int]) -> None:
-        """Adds the whole samples of one shard; names and leaves out the others."""
+    def _index(self) -> None:
+        """Lists the samples wanted. Parquets are believed if the first of them tells what its tar holds and we need."""
+        seen: dict[str, int] = {}
+        believed = self.split is not None
+        for shard, path in enumerate(self.paths):
+            told = manifest(path, ["split"]) if believed else None
+            splits = dict(zip(told["key"], told["split"], strict=True)) if told else {}
+            if told is None or shard == 0:
+                found = list(self._read_table(shard))
+                believed = believed and (shard > 0 or found == list(splits))
+            for key in self._tables.get(shard, splits):
+                if key in seen:
+                    self._problem(
+                        f"{path.name}: {key}: already in {self.paths[seen[key]].name}, the first is used"
+                    )
+                    continue
+                seen[key] = shard
+                self._samples.append((key, shard))
+                if self.split is not None and not self._of_split(splits.get(key)):
+                    self._samples.pop()
+
+    def _of_split(self, told: str | None) -> bool:
+        """Whether the sample listed last is of the split, told by the parquet if it knows, else by its JSON."""
+        try:
+            return (told or self.meta(len(self._samples) - 1).get("split")) == self.split
+        except BadSample as error:
+            self._problem(str(error))
+            return False
+
+    def _read_table(self, shard: int) -> dict[str, Members]:
+        """Reads a shard's headers and keeps the whole samples; names the others."""
         name = self.paths[shard].name
         members, trouble = tar_members(self.paths[shard])
-        if trouble:
-            self._problem(f"{name}: {trouble}")
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        problems = [f"{name}: {trouble}"] if trouble else []
+        ignored: Counter[str] = Counter()
+        samples: dict[str, Members] = {}
         for path, offset, size in members:
             key, _, extension = path.rpartition("/")[2].partition(".")
             extension = extension.lower()
             key = path[: len(path) - len(extension) - 1] if extension else path
             if extension not in EXTENSIONS:
-                self.ignored[extension] = self.ignored.get(extension, 0) + 1
+                ignored[extension] += 1
             elif size > MAX_MEMBER:
-                self._problem(f"{name}: {path}: {size} bytes, more than {MAX_MEMBER}")
+                problems.append(f"{name}: {path}: {size} bytes, more than {MAX_MEMBER}")
             elif extension in samples.setdefault(key, {}):
-                self._problem(f"{name}: {path}: twice in the shard, the first is used")
+                problems.append(f"{name}: {path}: twice in the shard, the first is used")
             else:
                 samples[key][extension] = offset, size
-        for key, held in samples.items():
-            if key in seen:
-                self._problem(f"{name}: {key}: already in {self.paths[seen[key]].name}, the first is used")
-            elif lack := self._lack(held):
-                self._problem(f"{name}: {key}: {lack}")
-            else:
-                seen[key] = shard
-                self._samples.append((key, shard, held))
+        lacks = {key: self._lack(held) for key, held in samples.items()}
+        problems += [f"{name}: {key}: {lack}" for key, lack in lacks.items() if lack]
+        table = {key: held for key, held in samples.items() if not lacks[key]}
+        if self._tables.setdefault(shard, table) is table:  # no other thread was first
+            self.ignored.update(ignored)
+            self.faults += problems[:1] if trouble else []
+            for problem in problems:
+                self._problem(problem)
+        return table
 
-    def _lack(self, held: dict[str, tuple[int, int]]) -> str:
+    def _lack(self, held: Members) -> str:
         for need in self.needs:
             wanted = PICTURES if need == "picture" else (need,)
             found = [extension for extension in wanted if extension in held]
@@ -215,122 +323,36 @@ class ShardDataset:
                 return f"empty {what}"
         return ""
 
-    def _of_split(self, split: str) -> list[Sample]:
-        """The samples of a split, told by the parquets where they know, else by the JSONs."""
-        known: dict[tuple[int, str], str | None] = {}
-        for shard, path in enumerate(self.paths):
-            manifest = path.with_suffix(".parquet")
-            if manifest.exists():
-                known.update({(shard, key): value for key, value in _split_column(manifest)})
-        chosen = []
-        for i, sample in enumerate(self._samples):
-            value = known.get((sample[1], sample[0]))
-            try:
-                if (value or self.meta(i).get("split")) == split:
-                    chosen.append(sample)
-            except BadSample as error:
-                self._problem(str(error))
-        return chosen
 
-
-def decode_picture(data: bytes, formats: Sequence[str] = ("WEBP", "PNG", "JPEG")) -> Image.Image:
+def decode_picture(data: bytes) -> Image.Image:
     """RGBA picture from WebP, PNG or JPEG bytes, refused by its header when larger than 64 Mpixel.
 
     Raises one of DECODE_ERRORS (mostly OSError or ValueError) when it cannot be decoded."""
-    return to_rgba(open_picture(data, formats))
+    return to_rgba(open_picture(data))
 
 
-def open_picture(data: bytes, formats: Sequence[str]) -> Image.Image:
+def open_picture(data: bytes) -> Image.Image:
     """An opened picture whose pixels are not decoded yet, its size checked. Errors as `decode_picture`."""
-    picture = Image.open(io.BytesIO(data), formats=list(formats))
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS // 2**20} Mpixel")
     return picture
 
 
 def to_rgba(picture: Image.Image) -> Image.Image:
-    """Any mode to RGBA; 16-bit grey is scaled, not clipped."""
+    """Any mode to RGBA, decoded; 16-bit grey is scaled, not clipped."""
     if picture.mode.startswith("I"):
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    if picture.mode == "RGBA":
+        picture.load()  # `convert` would copy what is right already
+        return picture
     return picture.convert("RGBA")
-
-
-def tar_members(path: Path) -> tuple[list[tuple[str, int, int]], str]:
-    """The regular files of a tar as (name, offset of its data, size), and what is wrong, '' if nothing.
-
-    All before the first fault are listed. Only headers are read (POSIX ustar, GNU long names, pax paths)."""
-    members: list[tuple[str, int, int]] = []
-    at, long_name = 0, ""
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            handle = file.fileno()
-            while True:
-                header = os.pread(handle, 512, at)
-                if len(header) < 512:
-                    return members, "truncated: no end-of-archive mark" if end else "empty file"
-                if not any(header):
-                    return members, ""
-                name, kind, size = _header(header)
-                data = at + 512
-                if data + size > end:
-                    return members, f"truncated in {long_name or name}"
-                if kind in b"Lx":
-                    long_name = _long_name(kind, os.pread(handle, min(size, 2**16), data)) or long_name
-                elif kind != b"g":
-                    if kind in b"0\0":
-                        members.append((long_name or name, data, size))
-                    long_name = ""
-                at = data + (size + 511) // 512 * 512
-    except (OSError, ValueError) as error:
-        return members, f"unreadable at byte {at}: {error}"
-
-
-def _header(block: bytes) -> tuple[str, bytes, int]:
-    """(name, type, size) of a tar header block. ValueError when its checksum does not hold."""
-    checksum = block[148:156].split(b"\0")[0].strip()
-    if not checksum.isdigit() or int(checksum, 8) != sum(block) - sum(block[148:156]) + 256:
-        raise ValueError("not a tar header (is it a plain, uncompressed tar?)")
-    name = block[:100].split(b"\0")[0]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].split(b"\0")[0] + b"/" + name
-    if block[124] & 128:
-        size = int.from_bytes(block[125:136], "big")
-    else:
-        size = int(block[124:136].split(b"\0")[0].strip() or b"0", 8)
-    return name.decode("utf-8", "replace"), block[156:157], size
-
-
-def _long_name(kind: bytes, data: bytes) -> str:
-    if kind == b"L":
-        return data.split(b"\0")[0].decode("utf-8", "replace")
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        if length < 5:
-            raise ValueError("broken pax header")
-        record, data = data[:length], data[length:]
-        word, _, value = record.split(b" ", 1)[1].partition(b"=")
-        if word == b"path":
-            return value.rstrip(b"\n").decode("utf-8", "replace")
-    return ""
-
-
-def _split_column(path: Path) -> list[tuple[str, str | None]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["key", "split"])
-    except (pyarrow.ArrowException, OSError):
-        return []  # a manifest of another kind, or a broken one (`shards verify` names it): the JSONs tell
-    columns = table.to_pydict()
-    return list(zip(columns["key"], columns["split"], strict=True))
 
 
 def _paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
     if isinstance(paths, str | os.PathLike):
         path = Path(paths)
-        return [path] if path.is_file() else shard_paths(path)
+        return [path] if path.is_file() else _whole_folder(path)
     found = [Path(path) for path in paths]
     for path in found:
         if not path.is_file():
@@ -338,3 +360,15 @@ def _paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]
     if not found:
         raise ValueError("no shards given; give a folder of shards or a list of .tar files")
     return found
+
+
+def _whole_folder(folder: Path) -> list[Path]:
+    """The shards of a folder. ValueError when one is missing whose parquet is there."""
+    paths = shard_paths(folder)
+    manifests = (path for path in folder.glob("*.parquet") if re.fullmatch(r"\d{5,}", path.stem))
+    if gone := sorted({path.stem for path in manifests} - {path.stem for path in paths}):
+        raise ValueError(
+            f"{folder / gone[0]}.tar is missing, its parquet is there ({len(gone)} such): put the tar back, or "
+            "remove its .parquet and _stats.json too"
+        )
+    return paths

@@ -2,94 +2,179 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load
 
+from diffusionfm.data.buckets import BucketBatches, BucketConfig, choose_shapes, commonest, crop_box, fit
 from diffusionfm.data.order import Batches
 from diffusionfm.data.reader import ShardDataset
+from diffusionfm.features import chosen_text, refuse_stale
 
 STYLED_SHARE = 0.3  # how often the fullest caption is read; the others share the rest evenly
+COMMON_SOURCES = 8  # a phrase that so many sources draw keeps its weight whatever `common` is
 
 
 @dataclass
 class DataConfig:
-    """Which shards to read, and how often each source comes.
+    """Which shards to read, and how often each source and each thing comes.
 
-    shards: a folder of shards. weights: source name -> how often its samples come an epoch (1 when not named,
-    `default` sets another). workers: threads that read ahead.
+    shards: a folder of shards.
+    weights: source name -> how often its samples come an epoch (1 when not named, `default` sets another).
+    common: exponent that favours what many sources draw: a sample's weight is multiplied by (sources that draw its
+        phrase / 8) ** common. 0 leaves weights as they are; 1 makes a thing drawn twice as often come twice as often.
+    styled: source name -> how often its fullest caption, the one that names the style, is read (0.3 when not named,
+        `default` sets another). A prompt without a style then means the sources with a low share.
+    buckets: how to train on pictures of many shapes, see BucketConfig; without it all are of one size.
+    workers: threads that read ahead.
     """
 
     shards: str = "data/icons"
     weights: dict[str, float] = field(default_factory=dict)
+    common: float = 0.0
+    styled: dict[str, float] = field(default_factory=dict)
+    buckets: BucketConfig | None = None
     workers: int = 1
 
 
-def choose_caption(captions: Sequence[str], draw: int) -> str:
-    """One of a picture's captions, from 64 random bits: the first for 30 %, else any of the others."""
-    if len(captions) == 1 or draw % 1000 < STYLED_SHARE * 1000:
+def choose_caption(captions: Sequence[str], draw: int, styled: float = STYLED_SHARE) -> str:
+    """One of a picture's captions, from 64 random bits: the first for a `styled` share, else any of the others."""
+    if len(captions) == 1 or draw % 1000 < styled * 1000:
         return captions[0]
     return captions[1 + (draw // 1000) % (len(captions) - 1)]
 
 
+def captions_of(sample: dict[str, Any]) -> list[str]:
+    """All captions of a sample, the fullest first."""
+    return sample["meta"].get("captions") or [sample["caption"]]
+
+
+def choose_captions(samples: list[dict[str, Any]], styled: dict[str, float]) -> list[str]:
+    """A caption of each sample, drawn by its `draw` bits; `styled` is that of DataConfig."""
+    default = styled.get("default", STYLED_SHARE)
+    return [
+        choose_caption(captions_of(s), s.get("draw", 0), styled.get(s["meta"].get("source", ""), default))
+        for s in samples
+    ]
+
+
 def pixels(sample: dict[str, Any]) -> torch.Tensor:
-    """A sample's picture as uint8 (4, y, x), straight alpha."""
-    return torch.from_numpy(np.array(sample["picture"])).permute(2, 0, 1)
+    """A sample's picture as uint8 (4, y, x), straight alpha; cut to its `shape` where a bucket gave it one."""
+    return stack_pixels([sample])[0]
 
 
 def stack_pixels(samples: list[dict[str, Any]]) -> torch.Tensor:
-    """The pictures of samples as uint8 (b, 4, y, x). `ValueError` when they differ in size."""
-    sizes = {s["picture"].size for s in samples}
-    if len(sizes) > 1:
+    """The pictures of samples, each cut to its `shape` if it has one, as uint8 (b, 4, y, x).
+
+    `ValueError` when they differ in size."""
+    pictures = [fit(s["picture"], s["shape"]) if "shape" in s else s["picture"] for s in samples]
+    if len(sizes := {picture.size for picture in pictures}) > 1:
         raise ValueError(
-            f"pictures differ in size ({', '.join(f'{x}x{y}' for x, y in sorted(sizes))}): pack them at one size"
+            f"pictures differ in size ({', '.join(f'{x}x{y}' for x, y in sorted(sizes))}): pack them at one size, "
+            "or give data.buckets"
         )
-    return torch.stack([pixels(s) for s in samples])
+    width, height = pictures[0].size
+    stacked = np.empty((len(pictures), 4, height, width), dtype=np.uint8)
+    for row, picture in zip(stacked, pictures, strict=True):
+        row[:] = np.asarray(picture).transpose(2, 0, 1)
+    return torch.from_numpy(stacked)
 
 
-def collate_pictures(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> key, picture uint8 (b, 4, y, x), caption (one chosen for each) and phrase."""
-    return {
+def collate_pictures(samples: list[dict[str, Any]], styled: dict[str, float] | None = None) -> dict[str, Any]:
+    """Samples -> key, picture uint8 (b, 4, y, x), caption (one chosen for each) and phrase.
+
+    Samples of a bucket also give `crop`, float32 (b, 4): left, top, right and bottom of what is seen of each picture,
+    in pixels of the picture as stored."""
+    batch = {
         "key": [s["key"] for s in samples],
         "picture": stack_pixels(samples),
         "phrase": [s["meta"].get("phrase") or s["caption"] for s in samples],
-        "caption": [
-            choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples
-        ],
+        "caption": choose_captions(samples, styled or {}),
     }
+    if "shape" in samples[0]:
+        batch["crop"] = torch.tensor([crop_box(s["picture"].size, s["shape"]) for s in samples])
+    return batch
 
 
-def source_weights(dataset: ShardDataset, weights: dict[str, float]) -> np.ndarray | None:
-    """One weight a sample by its source, or None when all are equal; `ValueError` for a source nobody has."""
-    if not weights:
+def sample_weights(dataset: ShardDataset, cfg: DataConfig) -> np.ndarray | None:
+    """One weight a sample by its source and phrase, or None when all are equal.
+
+    `ValueError` for a source that nobody has, a share that is none and weights that cannot be drawn by."""
+    if not cfg.weights and not cfg.styled and not cfg.common:
         return None
-    sources = [dataset.meta(i).get("source", "") for i in range(len(dataset))]
-    unknown = set(weights) - set(sources) - {"default"}
-    if unknown:
-        raise ValueError(
-            f"data.weights names {', '.join(sorted(unknown))}; these shards hold {', '.join(sorted(set(sources)))}"
-        )
-    default = weights.get("default", 1.0)
-    return np.array([weights.get(source, default) for source in sources])
+    told = dataset.columns("source", "phrase")
+    sources, phrases = [source or "" for source, _ in told], [phrase or "" for _, phrase in told]
+    for name, table in {"weights": cfg.weights, "styled": cfg.styled}.items():
+        if unknown := set(table) - set(sources) - {"default"}:
+            raise ValueError(
+                f"data.{name} names {', '.join(sorted(unknown))}; "
+                f"these shards hold {', '.join(sorted(set(sources)))}"
+            )
+    if bad := [name for name, share in cfg.styled.items() if not 0 <= share <= 1]:
+        raise ValueError(f"data.styled.{bad[0]} is a share, from 0 to 1, not {cfg.styled[bad[0]]}")
+    if not cfg.weights and not cfg.common:
+        return None
+    drawn_by: dict[str, set[str]] = defaultdict(set)
+    for source, phrase in zip(sources, phrases, strict=True):
+        drawn_by[phrase].add(source)
+    default = cfg.weights.get("default", 1.0)
+    by_source = np.array([cfg.weights.get(source, default) for source in sources])
+    times_drawn = np.array([len(drawn_by[phrase]) for phrase in phrases])
+    return by_source * (times_drawn / COMMON_SOURCES) ** cfg.common
 
 
 def picture_batches(cfg: DataConfig, batch_size: int, seed: int) -> Batches:
-    """Endless training batches of pictures and captions; the trainer splits them by rank."""
+    """Endless training batches of pictures and captions; the trainer splits them by rank.
+
+    `ValueError` for shards that are cut short or missing, and for settings that do not fit them."""
     dataset = ShardDataset(cfg.shards, split="train")
-    weights = source_weights(dataset, cfg.weights)
-    return Batches(dataset, collate_pictures, batch_size, seed, weights=weights, workers=cfg.workers)
+    return _batches(dataset, partial(collate_pictures, styled=cfg.styled), cfg, batch_size, seed)
 
 
-def fixed_samples(dataset: ShardDataset, count: int) -> list[dict[str, Any]]:
-    """`count` samples spread evenly over a dataset: the same ones each time, for validation and sample grids."""
+def _batches(dataset: ShardDataset, collate: Any, cfg: DataConfig, batch_size: int, seed: int) -> Batches:
+    if dataset.faults:
+        raise ValueError(
+            f"{cfg.shards}: {'; '.join(dataset.faults[:3])}. Copy or build what is cut short again, or remove the "
+            ".tar with its .parquet and _stats.json to train without it"
+        )
+    weights = sample_weights(dataset, cfg)
+    if cfg.buckets is None:
+        return Batches(dataset, collate, batch_size, seed, weights=weights, workers=cfg.workers)
+    shapes = shapes_of(dataset, cfg.buckets, batch_size, weights)
+    return BucketBatches(dataset, collate, shapes, cfg.buckets, batch_size, seed, weights, cfg.workers)
+
+
+def shapes_of(
+    dataset: ShardDataset, cfg: BucketConfig, batch_size: int = 1, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows and columns, int64 (n, 2), at which each sample is trained on: its bucket's, or its latent's as stored."""
+    if "safetensors" in dataset.needs:
+        return np.array([dataset.tensor_shape(i, "latent")[-2:] for i in range(len(dataset))])
+    return choose_shapes(dataset.sizes(), cfg, batch_size, weights)
+
+
+def fixed_samples(
+    dataset: ShardDataset, count: int, buckets: BucketConfig | None = None
+) -> list[dict[str, Any]]:
+    """`count` samples spread evenly over a dataset: the same ones each time, for validation and sample grids.
+
+    With `buckets` all are of the commonest shape, so that they stack."""
     if count < 1:
         raise ValueError(f"{count} samples to judge by; ask for 1 or more")
-    count = min(count, len(dataset))
-    return [dataset[k * len(dataset) // count] for k in range(count)]
+    if buckets is None:
+        count = min(count, len(dataset))
+        return [dataset[k * len(dataset) // count] for k in range(count)]
+    shapes = shapes_of(dataset, buckets)
+    alike = commonest(shapes).tolist()
+    count = min(count, len(alike))
+    chosen = [alike[k * len(alike) // count] for k in range(count)]
+    return [{**dataset[i], "shape": tuple(shapes[i].tolist())} for i in chosen]
 
 
 def all_captions(shards: str) -> list[str]:
@@ -109,30 +194,36 @@ def held_out_phrases(dataset: ShardDataset) -> set[str]:
 # ---- precomputed latents -----------------------------------------------------------------------------------------
 
 
-def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Precomputed samples -> {"key": [...], "latent": float16 (b, c, y, x), "caption": [...]}."""
+def collate_latents(samples: list[dict[str, Any]], styled: dict[str, float] | None = None) -> dict[str, Any]:
+    """Precomputed samples -> key, latent 16-bit (b, c, y, x), caption; and text, mask where text was precomputed.
+
+    text (b, l, d) and mask (b, l) are the features of the captions chosen. `ValueError` for latents of many shapes."""
+    stored = [load(s["safetensors"]) for s in samples]
+    if len(shapes := {tuple(tensors["latent"].shape) for tensors in stored}) > 1:
+        raise ValueError(
+            f"latents differ in shape ({', '.join(map(str, sorted(shapes)))}): give data.buckets"
+        )
+    chosen = choose_captions(samples, styled or {})
     return {
         "key": [s["key"] for s in samples],
-        "latent": torch.stack([load(s["safetensors"])["latent"] for s in samples]),
-        "caption": [
-            choose_caption(s["meta"].get("captions") or [s["caption"]], s.get("draw", 0)) for s in samples
-        ],
+        "latent": torch.stack([tensors["latent"] for tensors in stored]),
+        "caption": chosen,
+        **chosen_text(stored, [captions_of(s) for s in samples], chosen),
     }
 
 
-def latent_dataset(shards: str, vae_hash: str, split: str) -> ShardDataset:
-    """Precomputed latents of one split. `ValueError` when another autoencoder made them."""
+def latent_dataset(shards: str, vae_hash: str, split: str, text_hash: str | None = None) -> ShardDataset:
+    """Precomputed latents of one split. `ValueError` when other networks made them.
+
+    text_hash: that of the text encoder and tokenizer; text features stored with the latents must be theirs."""
     dataset = ShardDataset(shards, split=split, needs=("safetensors", "txt"))
-    made_by = dataset.meta(0).get("vae")
-    if made_by != vae_hash:
-        raise ValueError(
-            f"{shards} was made by another autoencoder ({made_by}, not {vae_hash}): run train/precompute.py again"
-        )
+    refuse_stale(shards, dataset.meta(0), vae_hash, text_hash)
     return dataset
 
 
-def latent_batches(cfg: DataConfig, vae_hash: str, batch_size: int, seed: int) -> Batches:
-    """Endless training batches of latents and captions; the trainer splits them by rank."""
-    dataset = latent_dataset(cfg.shards, vae_hash, "train")
-    weights = source_weights(dataset, cfg.weights)
-    return Batches(dataset, collate_latents, batch_size, seed, weights=weights, workers=cfg.workers)
+def latent_batches(
+    cfg: DataConfig, vae_hash: str, batch_size: int, seed: int, text_hash: str | None = None
+) -> Batches:
+    """Endless training batches of latents and captions; the trainer splits them by rank. Errors as picture_batches."""
+    dataset = latent_dataset(cfg.shards, vae_hash, "train", text_hash)
+    return _batches(dataset, partial(collate_latents, styled=cfg.styled), cfg, batch_size, seed)

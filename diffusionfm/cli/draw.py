@@ -1,0 +1,261 @@
+"""The commands that make pictures: generate, batch and demo."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from diffusionfm import __version__
+from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
+from diffusionfm.cli.parts import Parser, StepBar, add_command
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`diffusionfm generate`."""
+    start = time.monotonic()
+    check_prompt(args.prompt)
+    check_prompt(args.negative, "negative_prompt")
+    check_seed(args.seed, args.n)
+    files = output_files(args.output, args.prompt, args.seed, args.n)
+    pipe = _load_pipeline(args)
+    _writable(files[0].parent)
+    with StepBar(args.quiet or args.json) as on_step:
+        result = pipe(
+            args.prompt,
+            args.negative,
+            num_images=args.n,
+            seed=args.seed,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            width=args.width,
+            height=args.height,
+            on_step=on_step,
+        )
+    from diffusionfm.images import save_png
+
+    settings = _settings(args, pipe)
+    for file, image, seed in zip(files, result.images, result.seeds, strict=True):
+        save_png(image, file, None if args.no_metadata else {**settings, "seed": seed})
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    seconds = time.monotonic() - start
+    if args.json:
+        images = [{"file": str(file), "seed": seed} for file, seed in zip(files, result.seeds, strict=True)]
+        print(
+            json.dumps(
+                {"images": images, **settings, "warnings": result.warnings, "seconds": round(seconds, 2)}
+            )
+        )
+    else:
+        for file, seed in zip(files, result.seeds, strict=True):
+            print(f"{file}  (seed {seed})")
+    return 0
+
+
+def output_files(output: str | None, prompt: str, seed: int, count: int) -> list[Path]:
+    """Where the pictures go: a .png, numbered -1, -2, ... when there are several; or a folder.
+
+    In a folder, and without an output, files are named after prompt and seed. ValueError for another suffix.
+    """
+    target = Path(output) if output else Path()
+    if output is None or output.endswith("/") or target.is_dir():
+        words = re.sub(r"[^a-z0-9]+", "-", prompt[:200].lower()).strip("-")[:40].strip("-") or "picture"
+        files = [target / f"{words}-{seed + k}.png" for k in range(count)]
+    elif target.suffix.lower() != ".png":
+        raise ValueError(
+            f"the output must be a .png file or a folder, got {output!r}: pictures keep their alpha as PNG"
+        )
+    elif count == 1:
+        files = [target]
+    else:
+        files = [target.with_name(f"{target.stem}-{k}{target.suffix}") for k in range(1, count + 1)]
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: choose another output")
+    return files
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder, and find out now, not after the work, that it cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written: choose another output")
+
+
+def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    chosen = {key: getattr(args, key) for key in ("steps", "guidance", "width", "height")}
+    settings = {key: pipe.defaults[key] if value is None else value for key, value in chosen.items()}
+    settings |= {"prompt": args.prompt, "negative_prompt": args.negative, "model": pipe.model_name}
+    if args.lora:
+        settings["lora"] = [f"{name}:{scale:g}" for name, scale in pipe.loras.items()]
+    return {**settings, "version": __version__}
+
+
+def batch(args: argparse.Namespace) -> int:
+    """`diffusionfm batch`."""
+    from diffusionfm.rows import read_rows
+
+    check_settings(num_images=args.batch_size)
+    check_seed(args.seed, args.n)
+    check_prompt(args.negative, "negative_prompt")
+    rows = read_rows(args.rows)
+    pipe = _load_pipeline(args)
+    from diffusionfm.batch import generate_batch
+
+    summary = generate_batch(
+        rows,
+        pipe,
+        args.out,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        negative_prompt=args.negative,
+        width=args.width,
+        height=args.height,
+        repeats=args.n,
+        batch_size=args.batch_size,
+        metadata=not args.no_metadata,
+        retry_failed=args.retry_failed,
+        progress=not (args.quiet or args.json),
+    )
+    if args.json:
+        print(json.dumps({"out": str(args.out), **vars(summary)}))
+    else:
+        print(
+            f"{summary.made} made, {summary.skipped} already there, {summary.failed} failed, "
+            f"{summary.seconds:.1f} s: {args.out / 'manifest.jsonl'}"
+        )
+    return 1 if summary.failed else 0
+
+
+def _load_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported."""
+    from diffusionfm.lora import parse_lora
+
+    check_settings(
+        steps=args.steps, guidance=args.guidance, height=args.height, width=args.width, num_images=args.n
+    )
+    check_model(args.model)
+    loras = [parse_lora(text) for text in args.lora]
+    gc.disable()  # a third of the start-up is collections over the thousands of modules that stay anyway
+    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+
+    gc.freeze()
+    gc.enable()
+    pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=args.dtype, device=pick_device(args.device))
+    for folder, scale in loras:
+        pipe.load_lora(folder, scale)
+    return pipe
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`diffusionfm demo`: the studio, from the wheel's diffusionfm.demo or the checkout's demo folder."""
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"a port is from 0 to 65535, got {args.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the studio needs gradio: pip install 'diffusionfm[demo]'")
+    if importlib.util.find_spec("diffusionfm.demo") is not None:
+        app = importlib.import_module("diffusionfm.demo.app")
+    else:
+        checkout = Path(__file__).resolve().parents[2]
+        if not (checkout / "demo" / "app.py").is_file():
+            raise ValueError("the studio's files are missing: install the package again")
+        sys.path.insert(0, str(checkout))
+        app = importlib.import_module("demo.app")
+    app.main(args.port)
+    return 0
+
+
+def add_generate(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "generate",
+        generate,
+        "draw pictures of a prompt",
+        'generate "a red apple" -o apple.png --seed 7',
+        'generate "a smiling cat, sticker" --n 4 -o cat.png        # cat-1.png to cat-4.png, seeds 0 to 3',
+        'generate "a house" --lora my-style:0.8 --json',
+    )
+    command.add_argument("prompt", help="what to draw")
+    command.add_argument(
+        "-o",
+        "--output",
+        help="a .png file (with --n: NAME-1.png, NAME-2.png, ...) or a folder; default: from the prompt",
+    )
+    command.add_argument("--seed", type=int, default=0, help="picture k of --n uses seed + k (default 0)")
+    command.add_argument("--n", type=int, default=1, help="how many pictures, 1 to 1000 (default 1)")
+    _add_settings(command)
+
+
+def add_batch(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "batch",
+        batch,
+        "draw a picture for every row of a file; the same command again goes on where it stopped",
+        "batch prompts.jsonl --out pictures",
+        "batch prompts.csv --out pictures --seed 3 --steps 20 --batch-size 16",
+        "batch prompts.txt --out pictures --retry-failed",
+    )
+    command.add_argument(
+        "rows",
+        type=Path,
+        help=".txt with a prompt a line, or .jsonl, .csv, .tsv (prompt and, if wanted, id, negative_prompt, "
+        "seed, steps, guidance, width, height)",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets the pictures and manifest.jsonl"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="run seed, for rows without their own (default 0)"
+    )
+    command.add_argument("--n", type=int, default=1, help="pictures a row (default 1)")
+    command.add_argument("--batch-size", type=int, default=8, help="pictures in a network call (default 8)")
+    command.add_argument("--retry-failed", action="store_true", help="also try again what failed before")
+    _add_settings(command)
+
+
+def _add_settings(command: Parser) -> None:
+    command.add_argument("--steps", type=int, help="network steps, 1 to 500 (default: the model's)")
+    command.add_argument(
+        "--guidance", type=float, help="how closely to follow the prompt, 0 to 50 (default: the model's)"
+    )
+    command.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
+    command.add_argument(
+        "--width", type=int, help="pixels, 32 to 1024, a multiple of 16 (default: the model's)"
+    )
+    command.add_argument("--height", type=int, help="as --width")
+    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="add a LoRA; may be given several times",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
+    )
+    command.add_argument(
+        "--no-metadata", action="store_true", help="leave prompt and settings out of the PNG"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_demo(commands: Any) -> None:
+    command = add_command(commands, "demo", demo, "open the studio in a browser", "demo", "demo --port 7861")
+    command.add_argument("--port", type=int, default=7860, help="on 127.0.0.1 (default 7860)")

@@ -1,0 +1,62 @@
+"""What commands share: the parser, how a command is added, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+CAPTIONS = ("refuse", "name", "skip")
+CAPTIONS_HELP = "a picture without one: refuse the folder (default), use the words of its name, or skip it"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line; help keeps the examples' line breaks."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_command(commands: Any, name: str, run: Callable[..., int], summary: str, *examples: str) -> Parser:
+    lines = "\n".join(f"  diffusionfm {example}" for example in examples)
+    command = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"examples:\n{lines}"
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+class StepBar:
+    """A progress bar over network steps on a terminal, nothing elsewhere."""
+
+    def __init__(self, off: bool):
+        self.off = off
+
+    def __enter__(self) -> Callable[..., None]:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit="step", leave=False, disable=True if self.off else None)
+        return self.step
+
+    def step(self, step: int, total: int, preview: Any) -> None:
+        self.bar.total = total
+        self.bar.update(step - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class ItemBar:
+    """progress(done, total) as a bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, unit: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit=f" {unit}", disable=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)

@@ -1,0 +1,130 @@
+"""The commands about training shards: build, pack, inspect, verify, attribution."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusionfm.cli.parts import CAPTIONS, CAPTIONS_HELP, ItemBar, add_command
+
+
+def shards_build(args: argparse.Namespace) -> int:
+    """`diffusionfm shards build`."""
+    if not args.config.is_file():
+        raise ValueError(f"no such config: {args.config} (the corpus is configs/data/icons.yaml)")
+    from diffusionfm.data.icons import build
+
+    report = build(args.config, args.out, progress=ItemBar("picture"))
+    print(f"{report.samples:,} samples of {report.pictures:,} pictures: {args.out}")
+    return 0
+
+
+def shards_pack(args: argparse.Namespace) -> int:
+    """`diffusionfm shards pack`."""
+    if not args.folder.is_dir():
+        raise ValueError(f"no such folder: {args.folder}")
+    from diffusionfm.data.folder import pack_folder
+
+    print(
+        pack_folder(
+            args.folder,
+            args.out,
+            size=args.size,
+            captions=args.captions,
+            overwrite=args.overwrite,
+            progress=ItemBar("picture"),
+        )
+    )
+    return 0
+
+
+def shards_inspect(args: argparse.Namespace) -> int:
+    """`diffusionfm shards inspect`."""
+    from diffusionfm.data.report import inspect_shards
+
+    sheet = args.sheet or args.dir / "contact_sheet.png"
+    report = inspect_shards(args.dir, sheet, progress=ItemBar("picture"))
+    if args.json:
+        print(json.dumps({**report, "sheet": str(sheet)}))
+        return 0
+    for name, value in report.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for word, count in value.items():
+                print(f"  {count:>9,}  {word}")
+        else:
+            print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    print(f"contact sheet: {sheet}")
+    return 0
+
+
+def shards_verify(args: argparse.Namespace) -> int:
+    """`diffusionfm shards verify`: every problem on a line, exit code 1 when there is one."""
+    from diffusionfm.data.report import verify_shards
+
+    problems = verify_shards(args.dir, progress=ItemBar("shard"))
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "all shards are whole", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def shards_attribution(args: argparse.Namespace) -> int:
+    """`diffusionfm shards attribution`: to standard output, or a file."""
+    from diffusionfm.data.report import attribution
+
+    text = attribution(args.dir)
+    if args.output is None:
+        sys.stdout.write(text)
+        return 0
+    from diffusionfm.images import write_atomic
+
+    write_atomic(args.output, text.encode())
+    return 0
+
+
+def add_shards(commands: Any) -> None:
+    shards = commands.add_parser(
+        "shards",
+        help="make and check training shards",
+        description="Make and check training shards (WebDataset tars, img2dataset layout).",
+        epilog="examples:\n  diffusionfm shards build configs/data/icons.yaml --out shards/icons\n"
+        "  diffusionfm shards verify shards/icons",
+    )
+    kinds = shards.add_subparsers(metavar="COMMAND", required=True)
+    command = add_command(
+        kinds,
+        "build",
+        shards_build,
+        "fetch and render the open-icons corpus",
+        "shards build configs/data/icons.yaml --out shards/icons",
+    )
+    command.add_argument("config", type=Path, help="configs/data/icons.yaml")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command = add_command(
+        kinds,
+        "pack",
+        shards_pack,
+        "pack your own pictures and captions",
+        "shards pack my-pictures --out shards/mine",
+    )
+    command.add_argument("folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
+    command.add_argument("--captions", choices=CAPTIONS, default="refuse", help=CAPTIONS_HELP)
+    command.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+    for name, run, summary in (
+        ("inspect", shards_inspect, "count by source and licence, and draw a contact sheet"),
+        ("verify", shards_verify, "check every hash and name what is broken"),
+        ("attribution", shards_attribution, "write ATTRIBUTION.md from the shards"),
+    ):
+        command = add_command(kinds, name, run, summary, f"shards {name} shards/icons")
+        command.add_argument("dir", type=Path, help="a folder of shards")
+        if name == "inspect":
+            command.add_argument("--sheet", type=Path, metavar="PNG", help="default: DIR/contact_sheet.png")
+            command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        if name == "attribution":
+            command.add_argument("-o", "--output", type=Path, help="default: standard output")

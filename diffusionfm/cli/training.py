@@ -1,0 +1,124 @@
+"""The commands about training: finetune and plan."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusionfm.checks import check_model
+from diffusionfm.cli.parts import CAPTIONS, CAPTIONS_HELP, add_command
+from diffusionfm.gpus import KNOWN, check_gpu
+
+
+def finetune(args: argparse.Namespace) -> int:
+    """`diffusionfm finetune`."""
+    if not args.data.exists():
+        raise ValueError(f"no such folder: {args.data}")
+    check_model(args.model)
+    chosen = {name: getattr(args, name) for name in ("steps", "rank", "lr", "captions")}
+    for name in ("steps", "rank", "lr"):
+        if chosen[name] is not None and not chosen[name] > 0:
+            raise ValueError(f"{name} must be above 0, got {chosen[name]}")
+    from diffusionfm.finetune import finetune as run
+
+    run(
+        args.data,
+        args.out,
+        model=args.model,
+        seed=args.seed,
+        say=_silent if args.quiet else print,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    print(f'{args.out}: use it with  diffusionfm generate "..." --lora {args.out}')
+    return 0
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`diffusionfm plan`."""
+    check_gpu(args.gpu)
+    if not args.config.is_file():
+        raise ValueError(f"no such config: {args.config} (plan reads those of train/denoiser.py)")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch is 1 or more pictures, not {args.batch}")
+    from diffusionfm.config import ConfigError, load_config
+    from diffusionfm.plan import launch_line, predict, table
+
+    try:
+        cfg = load_config(_recipe("denoiser").DenoiserConfig, args.config, args.overrides)
+    except ConfigError as error:
+        raise ValueError(f"{error} (plan reads configs of train/denoiser.py)") from error
+    found = predict(cfg, args.gpus, args.gpu, args.batch)
+    overrides = [*args.overrides, *([f"trainer.batch_size={args.batch}"] if args.batch else [])]
+    launch = launch_line(str(args.config), found, overrides)
+    if args.json:
+        print(json.dumps({**found.as_dict(), "launch": launch}))
+    else:
+        print(f"{table(found, str(args.config))}\nstart it     {launch}")
+    return 0
+
+
+def _recipe(name: str) -> Any:
+    """A recipe's module, from the wheel's diffusionfm.train or the checkout's train folder."""
+    if importlib.util.find_spec("diffusionfm.train") is not None:
+        return importlib.import_module(f"diffusionfm.train.{name}")
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "train" / f"{name}.py").is_file():
+        raise ValueError("the recipes are missing: install the package again")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return importlib.import_module(f"train.{name}")
+
+
+def add_finetune(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "finetune",
+        finetune,
+        "adapt the model to a folder of pictures and captions; the same command again goes on where it stopped",
+        "finetune my-pictures --out my-style",
+        "finetune my-pictures --out my-style --steps 300 --rank 16 --captions name",
+    )
+    command.add_argument(
+        "data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or shards"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets the LoRA; --lora DIR uses it"
+    )
+    command.add_argument(
+        "--model", metavar="DIR", help="the model to start from (default: the shipped model)"
+    )
+    command.add_argument("--steps", type=int, help="training steps (default 300)")
+    command.add_argument("--rank", type=int, help="LoRA rank (default 16)")
+    command.add_argument("--lr", type=float, help="learning rate (default 0.001)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--captions", choices=CAPTIONS, help=CAPTIONS_HELP)
+    command.add_argument("--quiet", action="store_true", help="no report on the pictures")
+
+
+def add_plan(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "plan",
+        plan,
+        "predict memory, speed, GPU-hours and energy of a denoiser run before it is paid for",
+        "plan configs/photo/denoiser-256.yaml --gpus 64 --gpu h100",
+        "plan configs/icons/denoiser.yaml --gpu cpu",
+        "plan configs/photo/denoiser-512.yaml trainer.sharding=fsdp --gpus 8 --gpu a100-80 --batch 256 --json",
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="a config of train/denoiser.py")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="wins over the file; stands right behind it"
+    )
+    command.add_argument("--gpus", type=int, default=1, help="how many, in machines of 8 (default 1)")
+    command.add_argument("--gpu", default="h100", help=f"{', '.join(KNOWN)} (measured now); default h100")
+    command.add_argument("--batch", type=int, help="pictures a step over all GPUs (default: the config's)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
