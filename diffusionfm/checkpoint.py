@@ -169,10 +169,12 @@ def prune(run_dir: str | Path, keep: int, stable: int) -> None:
 
 
 def discard_after(run_dir: str | Path, step: int) -> None:
-    """Remove checkpoints newer than `step`, which a run that starts again from there leaves behind."""
+    """Remove checkpoints newer than `step`, where a run starts again, and what killed saves left behind."""
     for folder in listing(run_dir):
         if folder > step_folder(run_dir, step):
             shutil.rmtree(folder)
+    for leaving in (Path(run_dir) / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leaving)
 
 
 def write_json(path: str | Path, value: Any) -> None:
