@@ -109,7 +109,7 @@ def test_precompute_by_accelerate_launch(house, tmp_path):
 
 def test_ranks_that_do_not_divide_the_batch_are_told(house, tmp_path):
     said = launch(house, TORCHRUN, 3, "vae", *VAE, f"trainer.output_dir={tmp_path}", code=1)
-    assert "batch_size is 8; it must be a multiple of the 3 processes" in said
+    assert "trainer.batch_size=8 does not divide into 3 processes" in said
 
 
 # ---- the gradient of the gathered contrast -----------------------------------------------------------------------
