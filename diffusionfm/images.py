@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 KEY = "diffusionfm"
+TEMPORARY = ".diffusionfm-"  # begins the name of a file half-written; a dead process may leave one
 PARAMETERS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "negative_prompt": str,
@@ -27,6 +28,7 @@ PARAMETERS: dict[str, type | tuple[type, ...]] = {
     "lora": (str, list),
     "version": str,
 }
+ImageDescription = 0x010E  # of EXIF
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MAX_TEXT = 2**20
 MAX_PIXELS = 2**28
@@ -51,7 +53,7 @@ _A1111 = {
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: temporary file beside it, sync, rename, sync of the folder."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".diffusionfm-", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -85,19 +87,44 @@ def encode_png(image: Image.Image, parameters: dict[str, Any] | None = None) -> 
     """
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
-        unknown = sorted(set(parameters) - set(PARAMETERS))
-        if unknown:
-            raise ValueError(f"unknown picture parameter {unknown[0]!r}: use {', '.join(PARAMETERS)}")
-        tool = f"DiffusionFM {parameters.get('version', '')}".strip()
-        info.add_text(KEY, json.dumps(parameters, ensure_ascii=True, sort_keys=True))
+        info.add_text(KEY, _json(parameters))
         info.add_text("parameters", _clean(format_a1111(parameters)))
-        info.add_itxt(
-            "XML:com.adobe.xmp", _XMP.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
-        )
-    clean = Image.frombytes(image.mode, image.size, image.tobytes())  # no inherited metadata or encoder state
+        info.add_itxt("XML:com.adobe.xmp", _xmp(parameters))
     buffer = io.BytesIO()
-    clean.save(buffer, "PNG", pnginfo=info, compress_level=6)
+    _bare(image).save(buffer, "PNG", pnginfo=info, compress_level=6)
     return buffer.getvalue()
+
+
+def encode_webp(image: Image.Image, parameters: dict[str, Any] | None = None) -> bytes:
+    """Lossless WebP bytes, hidden colours kept, the same for the same picture and parameters.
+
+    Parameters go as JSON in EXIF's ImageDescription, beside the XMP packet of `encode_png`; with None neither is there.
+    """
+    more: dict[str, Any] = {}
+    if parameters is not None:
+        exif = Image.Exif()
+        exif[ImageDescription] = _json(parameters)
+        more = {"exif": exif, "xmp": _xmp(parameters).encode()}
+    buffer = io.BytesIO()
+    _bare(image).save(buffer, "WEBP", lossless=True, exact=True, quality=50, method=4, **more)
+    return buffer.getvalue()
+
+
+def _bare(image: Image.Image) -> Image.Image:
+    """The pixels, with no inherited metadata or encoder state."""
+    return Image.frombytes(image.mode, image.size, image.tobytes())
+
+
+def _json(parameters: dict[str, Any]) -> str:
+    unknown = sorted(set(parameters) - set(PARAMETERS))
+    if unknown:
+        raise ValueError(f"unknown picture parameter {unknown[0]!r}: use {', '.join(PARAMETERS)}")
+    return json.dumps(parameters, ensure_ascii=True, sort_keys=True)
+
+
+def _xmp(parameters: dict[str, Any]) -> str:
+    tool = f"DiffusionFM {parameters.get('version', '')}".strip()
+    return _XMP.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
 
 
 def save_png(
@@ -112,22 +139,24 @@ def save_png(
 
 
 def read_parameters(path: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
-    """The parameters a PNG carries ({} when none), from our JSON or an A1111 text. No pixel is decoded.
+    """The parameters a PNG or WebP carries ({} when none), from our JSON or an A1111 text. No pixel is decoded.
 
     Unknown keys and values of a wrong type are left out: the file may come from anyone. Raises ValueError
-    when the file is no PNG, has over 2**28 pixels or over 1 MiB of text.
+    when the file is neither, has over 2**28 pixels or over 1 MiB of text.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"the picture has {image.width} x {image.height} pixels: too large to read")
             info = dict(image.info)
+            if image.format == "WEBP":
+                info[KEY] = image.getexif().get(ImageDescription)
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{getattr(path, 'name', path)} is not a PNG: only PNG files carry parameters"
+            f"{getattr(path, 'name', path)} is not a PNG or WebP: only those carry parameters"
         ) from error
     except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"this PNG cannot be read safely ({error})") from error
+        raise ValueError(f"this picture cannot be read safely ({error})") from error
     text = info.get(KEY)
     if isinstance(text, str) and len(text) <= MAX_TEXT:
         try:

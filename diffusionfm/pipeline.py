@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from diffusionfm import flow
+from diffusionfm import __version__, flow
 from diffusionfm.checks import (
     COMPONENTS,
     DEFAULTS,
@@ -93,6 +93,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.defaults: dict[str, Any] = dict(DEFAULTS)
         self.model_name = "unnamed"
         self.loras: dict[str, float] = {}
+        self.lora_folders: dict[str, Path] = {}
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -138,6 +139,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
 
         name = add_lora(self.transformer, Path(folder), scale, taken=set(self.loras))
         self.loras[name] = scale
+        self.lora_folders[name] = Path(folder)
 
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
@@ -147,6 +149,14 @@ class DiffusionFMPipeline(DiffusionPipeline):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:12]
+
+    def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file of a picture says of how it was made; settings: negative_prompt, steps, guidance and size."""
+        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
+        said["guidance"] = float(said["guidance"])
+        if self.loras:
+            said["lora"] = [f"{name}:{scale:g}" for name, scale in self.loras.items()]
+        return {name: value for name, value in said.items() if value != ""}
 
     # -------------------------------------------------------------- drawing
 
@@ -163,6 +173,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         width: int | None = None,
         on_step: OnStep | None = None,
         batch_size: int | None = None,
+        words: dict[str, Tensor] | None = None,
     ) -> Pictures:
         """Draw `num_images` pictures of every prompt, prompt by prompt.
 
@@ -172,7 +183,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         height and width 32-1024 in multiples of 16; None takes `defaults`.
         on_step(step, total, preview): called after each step, with step and total counted over all batches;
         preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
-        batch_size: pictures in a network call. Raises ValueError, before any work, for what cannot
+        batch_size: pictures in a network call. words: encoded prompts, for calls to share.
+        Raises ValueError, before any work, for what cannot
         be drawn, and FloatingPointError when the model's numbers overflow.
         """
         chosen = {
@@ -191,7 +203,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
         result = Pictures(seeds=[task.seed for task in tasks], warnings=self._truncations(tasks))
-        words: dict[str, Tensor] = {}
+        words = {} if words is None else words
         for number, group in enumerate(groups):
             hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
             result.images += self._draw(group, words, hook, **settings)

@@ -15,9 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionfm.batch import generate_batch, locked, read_manifest, seed_of
+from diffusionfm.batch import generate_batch
+from diffusionfm.batch.jobs import seed_of
+from diffusionfm.batch.manifest import Manifest, locked
+from diffusionfm.batch.rows import Rows, file_stem
 from diffusionfm.images import read_parameters
-from diffusionfm.rows import file_stem, read_rows
+
+
+def read_rows(source):
+    return list(Rows(source))
+
 
 PROMPTS = [{"id": f"row-{k}", "prompt": f"a red apple {k}"} for k in range(5)]
 
@@ -208,7 +215,7 @@ def test_killed_and_resumed(tiny_model, tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        finished = {r["file"] for r in read_manifest(out / "manifest.jsonl") if r["status"] == "ok"}
+        finished = {r["file"] for r in Manifest(out, lambda file: True).records() if r["status"] == "ok"}
         current = state(out)
         assert all(current[name] == seen[name] for name in seen)
         seen = {name: current[name] for name in finished}

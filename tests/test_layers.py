@@ -26,7 +26,7 @@ TOP = {
 }
 TOP |= {"diffusionfm", "train", "demo", "tests", "configs"}
 
-PIECES = {"flow", "attention", "config", "colors", "images", "checks", "features", "ranks", "cost", "gpus"}
+PIECES = {"flow", "attention", "config", "colors", "images", "formats", "checks", "features", "ranks", "cost", "gpus"}
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
 USERS = {"batch", "evaluate", "serve", "finetune"}
 DOORS = {"cli", "train", "demo"}
@@ -45,7 +45,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "trace": NETWORKS | DRAWING | DOORS | {"data"},
     "plan": DRAWING | DOORS,
     "pipeline": TRAINING | USERS | DOORS | {"data"},
-    "batch": TRAINING | DOORS | {"data", "finetune", "serve"},
+    "batch": TRAINING | DOORS | {"finetune", "serve"},  # data: its shards are written as data writes them
     "evaluate": DOORS | {"trainer", "finetune", "serve"},
     "serve": TRAINING | DOORS | {"data", "evaluate"},
     "finetune": DOORS | {"batch", "serve", "evaluate"},
@@ -59,7 +59,8 @@ HOMES = {
     "webdataset": ("diffusionfm/data/",),
     "accelerate": ("diffusionfm/trainer.py",),
     "xformers": ("diffusionfm/attention.py",),
-    "ray": ("diffusionfm/precompute/ray_jobs.py",),
+    "ray": ("diffusionfm/ray_jobs.py",),
+    "vtracer": ("diffusionfm/formats.py",),
     "pickle": (),
     "cloudpickle": (),
     "dill": (),

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from diffusionfm import ray_jobs
 from diffusionfm.data.shapes import shape_samples
 from diffusionfm.data.shards import ShardWriter
-from diffusionfm.precompute import corpus, ray_jobs
+from diffusionfm.precompute import corpus
 from diffusionfm.precompute.encoder import EncoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusionfm import __version__
-from diffusionfm.cli import draw, shards, training
+from diffusionfm.cli import batch, draw, shards, training
 from diffusionfm.cli.draw import output_files
 from diffusionfm.cli.parts import Parser
 
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"diffusionfm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     draw.add_generate(commands)
-    draw.add_batch(commands)
+    batch.add_batch(commands)
     training.add_finetune(commands)
     training.add_plan(commands)
     draw.add_demo(commands)

@@ -1,4 +1,4 @@
-"""The commands that make pictures: generate, batch and demo."""
+"""The commands that draw a prompt: generate and demo; and what batch shares with them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffusionfm import __version__
 from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
 from diffusionfm.cli.parts import Parser, StepBar, add_command
+from diffusionfm.formats import FORMATS, Finish, pick_format
+from diffusionfm.images import write_atomic
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -25,9 +26,10 @@ def generate(args: argparse.Namespace) -> int:
     check_prompt(args.prompt)
     check_prompt(args.negative, "negative_prompt")
     check_seed(args.seed, args.n)
-    files = output_files(args.output, args.prompt, args.seed, args.n)
-    pipe = _load_pipeline(args)
-    _writable(files[0].parent)
+    finish = Finish(pick_format(args.output, args.format), args.background, args.size)
+    files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
+    pipe = load_pipeline(args)
+    writable(files[0].parent)
     with StepBar(args.quiet or args.json) as on_step:
         result = pipe(
             args.prompt,
@@ -40,11 +42,10 @@ def generate(args: argparse.Namespace) -> int:
             height=args.height,
             on_step=on_step,
         )
-    from diffusionfm.images import save_png
-
     settings = _settings(args, pipe)
     for file, image, seed in zip(files, result.images, result.seeds, strict=True):
-        save_png(image, file, None if args.no_metadata else {**settings, "seed": seed})
+        said = None if args.no_metadata else pipe.describe(args.prompt, seed, settings)
+        write_atomic(file, finish.encode(image, said))
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     seconds = time.monotonic() - start
@@ -52,7 +53,12 @@ def generate(args: argparse.Namespace) -> int:
         images = [{"file": str(file), "seed": seed} for file, seed in zip(files, result.seeds, strict=True)]
         print(
             json.dumps(
-                {"images": images, **settings, "warnings": result.warnings, "seconds": round(seconds, 2)}
+                {
+                    "images": images,
+                    **pipe.describe(args.prompt, args.seed, settings),
+                    "warnings": result.warnings,
+                    "seconds": round(seconds, 2),
+                }
             )
         )
     else:
@@ -61,18 +67,18 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def output_files(output: str | None, prompt: str, seed: int, count: int) -> list[Path]:
-    """Where the pictures go: a .png, numbered -1, -2, ... when there are several; or a folder.
+def output_files(output: str | None, prompt: str, seed: int, count: int, suffix: str = ".png") -> list[Path]:
+    """Where the pictures go: a file of that suffix, numbered -1, -2, ... when there are several; or a folder.
 
     In a folder, and without an output, files are named after prompt and seed. ValueError for another suffix.
     """
     target = Path(output) if output else Path()
     if output is None or output.endswith("/") or target.is_dir():
         words = re.sub(r"[^a-z0-9]+", "-", prompt[:200].lower()).strip("-")[:40].strip("-") or "picture"
-        files = [target / f"{words}-{seed + k}.png" for k in range(count)]
-    elif target.suffix.lower() != ".png":
+        files = [target / f"{words}-{seed + k}{suffix}" for k in range(count)]
+    elif target.suffix.lower() != suffix:
         raise ValueError(
-            f"the output must be a .png file or a folder, got {output!r}: pictures keep their alpha as PNG"
+            f"the output must be a .png, .webp or .svg file or a folder, got {output!r}: these keep alpha"
         )
     elif count == 1:
         files = [target]
@@ -84,7 +90,7 @@ def output_files(output: str | None, prompt: str, seed: int, count: int) -> list
     return files
 
 
-def _writable(folder: Path) -> None:
+def writable(folder: Path) -> None:
     """Make the folder, and find out now, not after the work, that it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -94,50 +100,10 @@ def _writable(folder: Path) -> None:
 def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     chosen = {key: getattr(args, key) for key in ("steps", "guidance", "width", "height")}
     settings = {key: pipe.defaults[key] if value is None else value for key, value in chosen.items()}
-    settings |= {"prompt": args.prompt, "negative_prompt": args.negative, "model": pipe.model_name}
-    if args.lora:
-        settings["lora"] = [f"{name}:{scale:g}" for name, scale in pipe.loras.items()]
-    return {**settings, "version": __version__}
+    return {**settings, "negative_prompt": args.negative}
 
 
-def batch(args: argparse.Namespace) -> int:
-    """`diffusionfm batch`."""
-    from diffusionfm.rows import read_rows
-
-    check_settings(num_images=args.batch_size)
-    check_seed(args.seed, args.n)
-    check_prompt(args.negative, "negative_prompt")
-    rows = read_rows(args.rows)
-    pipe = _load_pipeline(args)
-    from diffusionfm.batch import generate_batch
-
-    summary = generate_batch(
-        rows,
-        pipe,
-        args.out,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        negative_prompt=args.negative,
-        width=args.width,
-        height=args.height,
-        repeats=args.n,
-        batch_size=args.batch_size,
-        metadata=not args.no_metadata,
-        retry_failed=args.retry_failed,
-        progress=not (args.quiet or args.json),
-    )
-    if args.json:
-        print(json.dumps({"out": str(args.out), **vars(summary)}))
-    else:
-        print(
-            f"{summary.made} made, {summary.skipped} already there, {summary.failed} failed, "
-            f"{summary.seconds:.1f} s: {args.out / 'manifest.jsonl'}"
-        )
-    return 1 if summary.failed else 0
-
-
-def _load_pipeline(args: argparse.Namespace) -> Any:
+def load_pipeline(args: argparse.Namespace) -> Any:
     """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported."""
     from diffusionfm.lora import parse_lora
 
@@ -183,48 +149,23 @@ def add_generate(commands: Any) -> None:
         "draw pictures of a prompt",
         'generate "a red apple" -o apple.png --seed 7',
         'generate "a smiling cat, sticker" --n 4 -o cat.png        # cat-1.png to cat-4.png, seeds 0 to 3',
-        'generate "a house" --lora my-style:0.8 --json',
+        'generate "a rocket icon" -o rocket.svg',
+        'generate "a house" --lora my-style:0.8 --background "sky blue" --size 512 --json',
     )
     command.add_argument("prompt", help="what to draw")
     command.add_argument(
         "-o",
         "--output",
-        help="a .png file (with --n: NAME-1.png, NAME-2.png, ...) or a folder; default: from the prompt",
+        help="a .png, .webp or .svg file (with --n: NAME-1.png, NAME-2.png, ...) or a folder; "
+        "default: from the prompt",
     )
     command.add_argument("--seed", type=int, default=0, help="picture k of --n uses seed + k (default 0)")
     command.add_argument("--n", type=int, default=1, help="how many pictures, 1 to 1000 (default 1)")
-    _add_settings(command)
+    add_settings(command)
 
 
-def add_batch(commands: Any) -> None:
-    command = add_command(
-        commands,
-        "batch",
-        batch,
-        "draw a picture for every row of a file; the same command again goes on where it stopped",
-        "batch prompts.jsonl --out pictures",
-        "batch prompts.csv --out pictures --seed 3 --steps 20 --batch-size 16",
-        "batch prompts.txt --out pictures --retry-failed",
-    )
-    command.add_argument(
-        "rows",
-        type=Path,
-        help=".txt with a prompt a line, or .jsonl, .csv, .tsv (prompt and, if wanted, id, negative_prompt, "
-        "seed, steps, guidance, width, height)",
-    )
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets the pictures and manifest.jsonl"
-    )
-    command.add_argument(
-        "--seed", type=int, default=0, help="run seed, for rows without their own (default 0)"
-    )
-    command.add_argument("--n", type=int, default=1, help="pictures a row (default 1)")
-    command.add_argument("--batch-size", type=int, default=8, help="pictures in a network call (default 8)")
-    command.add_argument("--retry-failed", action="store_true", help="also try again what failed before")
-    _add_settings(command)
-
-
-def _add_settings(command: Parser) -> None:
+def add_settings(command: Parser) -> None:
+    """What `generate` and `batch` have in common."""
     command.add_argument("--steps", type=int, help="network steps, 1 to 500 (default: the model's)")
     command.add_argument(
         "--guidance", type=float, help="how closely to follow the prompt, 0 to 50 (default: the model's)"
@@ -249,8 +190,19 @@ def _add_settings(command: Parser) -> None:
         choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
         help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
     )
+    command.add_argument("--format", choices=FORMATS, help="default: as the output is named, else png")
     command.add_argument(
-        "--no-metadata", action="store_true", help="leave prompt and settings out of the PNG"
+        "--background",
+        metavar="COLOUR",
+        help="lay pictures on it: a colour word or #rrggbb (default: transparent)",
+    )
+    command.add_argument(
+        "--size",
+        type=int,
+        help="enlarge to this many pixels on the longer side, 16 to 4096 (default: as drawn)",
+    )
+    command.add_argument(
+        "--no-metadata", action="store_true", help="leave prompt and settings out of the files"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     command.add_argument("--quiet", action="store_true", help="no progress bar")

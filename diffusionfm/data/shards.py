@@ -149,20 +149,7 @@ class ShardWriter:
         self._tar.close()
         _sync(self._file)
         self._file.close()
-        path = Path(self._file.name)
-        write_parquet(path.with_suffix(".parquet"), self._rows)
-        status = Counter(row["error_message"] or "success" for row in self._rows)
-        stats = {
-            "count": len(self._rows),
-            "successes": status["success"],
-            "failed_to_download": 0,
-            "failed_to_resize": len(self._rows) - status["success"],
-            "status_dict": dict(sorted(status.items())),
-            "tar_bytes": path.stat().st_size,
-        }
-        with open(path.with_name(f"{path.stem}_stats.json"), "w") as file:
-            json.dump(stats, file, indent=1, ensure_ascii=False)
-            _sync(file)
+        write_index(Path(self._file.name), self._rows)
 
     def _publish(self) -> None:
         """Renames the staged files into place, then removes old shards whose names were not written anew."""
@@ -176,6 +163,25 @@ class ShardWriter:
             (self.out_dir / name).unlink()
         _sync_folder(self.out_dir)
         marker.unlink(missing_ok=True)
+
+
+def write_index(tar: Path, rows: list[dict[str, Any]]) -> None:
+    """NNNNN.parquet and then NNNNN_stats.json beside a finished tar, from the meta, caption and status of samples."""
+    write_parquet(tar.with_suffix(".parquet"), rows)
+    status = Counter(row["error_message"] or "success" for row in rows)
+    stats = {
+        "count": len(rows),
+        "successes": status["success"],
+        "failed_to_download": 0,
+        "failed_to_resize": len(rows) - status["success"],
+        "status_dict": dict(sorted(status.items())),
+        "tar_bytes": tar.stat().st_size,
+    }
+    path = tar.with_name(f"{tar.stem}_stats.json")
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(stats, file, indent=1, ensure_ascii=False)
+        _sync(file)
+    os.replace(file.name, path)
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -23,11 +23,11 @@ from typing import Any
 from safetensors.torch import save
 from tqdm import tqdm
 
+from diffusionfm import ray_jobs
 from diffusionfm.checkpoint import replace_folder, write_json, write_weights
 from diffusionfm.data.reader import BadSample, ShardDataset, tar_members
 from diffusionfm.data.shards import ShardWriter, shard_paths
 from diffusionfm.features import EMPTY_PROMPT
-from diffusionfm.precompute import ray_jobs
 from diffusionfm.precompute.encoder import Encoder, EncoderConfig, load_encoder
 
 LATENTS, MAKING = "latents", ".latents.{}.partial"  # below the run folder: the whole, and what is being made

@@ -7,7 +7,7 @@ the stages that Ray Data would stream, and tasks start in half the time and say 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ RETRIES = 3  # of an item whose worker died: more is no accident, but an item th
 OBJECT_STORE = 100 * 2**20  # bytes; only names and counts go through it
 
 
-def each(work: Callable[[Item], Result], items: Sequence[Item], workers: int = 0) -> Iterator[Result]:
+def each(work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> Iterator[Result]:
     """Results of work(item) for every item, in the order in which they come.
 
     work: harmless when run twice on one item; a worker process is told it once. What it raises is raised here.
@@ -31,7 +31,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], workers: int = 0
         import ray
     except ImportError as error:
         raise ValueError(
-            "ray is not installed: pip install 'diffusionfm[ray]', or take engine=local"
+            "ray is not installed: pip install 'diffusionfm[ray]', or take the local engine"
         ) from error
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="warning")

@@ -1,0 +1,53 @@
+"""How many pictures go into a network call: what the device's memory takes, by a call gone through without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusionfm.batch.jobs import Shape
+from diffusionfm.trace import Trace
+
+if TYPE_CHECKING:
+    from diffusionfm.pipeline import DiffusionFMPipeline
+
+SHARE = 0.5  # of the free memory: other processes want some, and kernels have scratch space of their own
+MOST = {"cpu": 8, "mps": 8, "cuda": 64}
+
+
+def batch_size(pipe: DiffusionFMPipeline, shape: Shape) -> int:
+    """Pictures of a shape for one network call on the pipeline's device, 1 to MOST of its kind."""
+    most = MOST.get(pipe.device.type, 8)
+    return max(1, min(most, int(SHARE * free_bytes(pipe.device)) // picture_bytes(pipe, shape)))
+
+
+def picture_bytes(pipe: DiffusionFMPipeline, shape: Shape) -> int:
+    """Bytes that one more picture of a call holds at its peak, in the denoiser or in the decoder."""
+    _, guidance, width, height = shape
+    unit, channels, tokens = pipe.vae.downsample, pipe.vae.latent_channels, pipe.tokenizer.model_max_length
+    copies = 1 if guidance == 1 else 2
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), torch.device(pipe.device):
+        x = torch.empty(1, channels, height // unit, width // unit)
+        with Trace() as decoding:
+            pipe.vae.decode(x.to(pipe.vae.dtype))
+        dtype = pipe.transformer.dtype
+        text = torch.empty(copies, tokens, pipe.text_encoder.config.hidden_size, dtype=dtype)
+        mask = torch.ones(copies, tokens, dtype=torch.bool)
+        with Trace() as drawing:
+            pipe.transformer(x.to(dtype).repeat(copies, 1, 1, 1), torch.empty(copies), text, mask)
+    return max(decoding.peak, drawing.peak)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that the device has free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    told = Path("/proc/meminfo")
+    if told.exists():
+        line = next(line for line in told.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return 4 * 2**30  # no way to ask: a modest machine

@@ -1,0 +1,130 @@
+"""What may be asked of a batch beside its rows, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusionfm.batch.jobs import Run
+from diffusionfm.batch.phrases import Wildcards
+from diffusionfm.batch.report import MOST_SHEETS
+from diffusionfm.checks import check_prompt, check_seed, check_settings
+from diffusionfm.formats import Finish
+from diffusionfm.lora import WEIGHTS
+
+if TYPE_CHECKING:
+    from diffusionfm.batch.draw import Recipe
+    from diffusionfm.pipeline import DiffusionFMPipeline
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of a batch. ValueError for what cannot be.
+
+    seed: a row without its own takes one from (seed, id, repeat); with its own, repeat k uses that + k. So no
+        seed depends on row order, batch size, worker or restarts. repeats: pictures a row.
+    steps, guidance, negative_prompt, width, height: None takes the model's; a row's own columns override them.
+    only: ids of the rows wanted, none for all. wildcards_folder: of the files that `__NAME__` picks a line from.
+    batch_size: pictures in a network call, None for what memory takes. deterministic: one, and on CUDA deterministic
+        kernels, so that a picture's bytes do not depend on its company.
+    to: "folder", "webdataset" or "parquet", with `samples_per_shard` in a file. format, background, size: see
+        `Finish`. metadata: pictures carry their parameters. sheets: contact sheets of 100 pictures, at most.
+    retry_failed: try failed pictures again, but for rows that are broken still.
+    engine: "local", or "ray": `workers` of a Ray cluster draw (0: one a GPU, or else one a core), this process writes.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    repeats: int = 1
+    only: Sequence[str] = ()
+    wildcards_folder: str | Path | None = None
+    batch_size: int | None = None
+    deterministic: bool = False
+    to: str = "folder"
+    samples_per_shard: int = 1000
+    format: str = "png"
+    background: str | None = None
+    size: int | None = None
+    metadata: bool = True
+    sheets: int = 1
+    retry_failed: bool = False
+    engine: str = "local"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(
+            steps=self.steps,
+            guidance=self.guidance,
+            height=self.height,
+            width=self.width,
+            num_images=self.repeats,
+        )
+        check_settings(num_images=self.batch_size)
+        check_seed(self.seed, self.repeats)
+        check_prompt(self.negative_prompt, "negative_prompt")
+        if self.engine not in ENGINES:
+            raise ValueError(f"unknown engine {self.engine!r}: use {' or '.join(ENGINES)}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+        if not 0 <= self.sheets <= MOST_SHEETS:
+            raise ValueError(f"contact sheets must be from 0 to {MOST_SHEETS}, got {self.sheets}")
+        _ = self.finish
+
+    @cached_property
+    def finish(self) -> Finish:
+        """What becomes of a drawn picture."""
+        return Finish(self.format, self.background, self.size)
+
+    @cached_property
+    def wildcards(self) -> Wildcards:
+        """The folder's wildcards; without a folder, none."""
+        return Wildcards(None if self.wildcards_folder is None else Path(self.wildcards_folder))
+
+    def run(self, pipe: DiffusionFMPipeline) -> Run:
+        """The options with a model's defaults."""
+        chosen = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
+        settings = {name: pipe.defaults[name] if value is None else value for name, value in chosen.items()}
+        settings["negative_prompt"] = self.negative_prompt
+        output = {"to": self.to, **self.finish.settings()}
+        return Run(self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only))
+
+    def kernels(self) -> AbstractContextManager[Any]:
+        """The same CUDA kernels each time, if so asked, rather than those found fastest; a CPU has no choice."""
+        import torch
+
+        if not self.deterministic:
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+    def recipe(self, pipe: DiffusionFMPipeline, run: Run) -> Recipe | None:
+        """How Ray workers make the pictures; None when this process does."""
+        if self.engine == "local":
+            return None
+        import torch
+
+        from diffusionfm.batch.draw import recipe
+
+        threads = torch.get_num_threads() if self.deterministic else None  # they change how sums are rounded
+        return recipe(pipe, run.made_by["model_hash"], self.finish, self.metadata, threads)
+
+
+def made_by(pipe: DiffusionFMPipeline) -> dict[str, Any]:
+    """Which weights draw: the model's name and hash; name:scale, and the file's hash, of each LoRA."""
+    files = [pipe.lora_folders[name] / WEIGHTS for name in pipe.loras]
+    return {
+        "model": pipe.model_name,
+        "model_hash": pipe.fingerprint(),
+        "lora": [f"{name}:{scale:g}" for name, scale in pipe.loras.items()],
+        "lora_hashes": [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files],
+    }
