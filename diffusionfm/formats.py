@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 from xml.sax.saxutils import escape
 
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageFilter
 
 from diffusionfm.colors import COLORS, rgb
 from diffusionfm.images import encode_png, encode_webp, on_background
@@ -18,6 +19,7 @@ from diffusionfm.images import encode_png, encode_webp, on_background
 FORMATS = ("png", "webp", "svg")
 SIZE = (16, 4096)
 TRACED = 512  # the side, in pixels, that a smaller picture is enlarged to before it is traced
+FLAT, NEAR = 24, 20  # colours of a traced picture, and how far, in 8-bit RGB, they are apart
 _MARGIN = 2  # transparent pixels around a picture to trace
 
 
@@ -114,9 +116,7 @@ def trace(
     """
     import vtracer
 
-    large = resized(image.convert("RGBA"), max(TRACED, *image.size))
-    clear = large.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0)
-    large.putalpha(clear)
+    large = _flat(image.convert("RGBA"), max(TRACED, *image.size))
     ground = Image.new("RGBA", (large.width + 2 * _MARGIN, large.height + 2 * _MARGIN))
     ground.paste(large, (_MARGIN, _MARGIN))
     buffer = io.BytesIO()
@@ -128,9 +128,9 @@ def trace(
         colormode="color",
         hierarchical="stacked",
         mode="spline",
-        filter_speckle=6,
-        color_precision=6,
-        layer_difference=24,
+        filter_speckle=8,
+        color_precision=8,
+        layer_difference=0,
         path_precision=2,
     )
     body = "\n".join(re.findall(r"<path [^>]*/>", found))
@@ -144,6 +144,38 @@ def trace(
     if background is not None:
         plate = f'<rect x="{_MARGIN}" y="{_MARGIN}" width="100%" height="100%" fill="{background}"/>\n'
     return f"{head}\n{notes}{plate}{body}\n</svg>\n".encode()
+
+
+def _flat(image: Image.Image, side: int) -> Image.Image:
+    """The RGBA picture with a longer side of `side` pixels, in few flat colours, each pixel opaque or clear.
+
+    Left to itself vtracer joins the colours of a soft shade to one, and loses what lies in it."""
+    large = resized(image, side)
+    clear = large.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0)
+    dots = large.convert("RGB").quantize(palette=_palette(image), dither=Image.Dither.NONE)
+    smooth = Image.frombytes("L", dots.size, dots.tobytes()).filter(ImageFilter.ModeFilter(5))
+    dots.frombytes(smooth.tobytes())
+    flat = dots.convert("RGBA")
+    flat.putalpha(clear)
+    return flat
+
+
+def _palette(image: Image.Image) -> Image.Image:
+    """A picture with the palette of the RGBA image: FLAT colours at most, no two within NEAR of each other."""
+    import numpy as np
+
+    dots = np.asarray(image).reshape(-1, 4)
+    solid = dots[dots[:, 3] > 127, :3]
+    row = Image.fromarray(solid[None] if len(solid) else np.zeros((1, 1, 3), np.uint8))
+    few = row.quantize(FLAT, Image.Quantize.MEDIANCUT, kmeans=3).convert("RGB").getcolors(FLAT)
+    kept: list[tuple[int, ...]] = []
+    for _, color in sorted(few or [], reverse=True):
+        assert isinstance(color, tuple)
+        if all(math.dist(color, other) > NEAR for other in kept):
+            kept.append(color)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for color in kept for value in color])
+    return palette
 
 
 def _scaled(size: tuple[int, int], side: int | None) -> tuple[int, int]:

@@ -26,7 +26,19 @@ TOP = {
 }
 TOP |= {"diffusionfm", "train", "demo", "tests", "configs"}
 
-PIECES = {"flow", "attention", "config", "colors", "images", "formats", "checks", "features", "ranks", "cost", "gpus"}
+PIECES = {
+    "flow",
+    "attention",
+    "config",
+    "colors",
+    "images",
+    "formats",
+    "checks",
+    "features",
+    "ranks",
+    "cost",
+    "gpus",
+}
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
 USERS = {"batch", "evaluate", "serve", "finetune"}
 DOORS = {"cli", "train", "demo"}
