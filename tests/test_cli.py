@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -70,6 +71,57 @@ def test_output_names(tmp_path):
     ]
     with pytest.raises(ValueError, match="must be a .png"):
         output_files("a.jpg", "x", 0, 1)
+    assert [p.name for p in output_files("a.webp", "x", 0, 2, ".webp")] == ["a-1.webp", "a-2.webp"]
+
+
+def test_generate_in_other_formats(tiny_model, tmp_path, capsys):
+    command = ["generate", "yellow star", "--model", str(tiny_model), "--device", "cpu", "--quiet"]
+    assert main([*command, "-o", str(tmp_path / "a.svg")]) == 0
+    assert (tmp_path / "a.svg").read_text().startswith("<svg") and "yellow star" in (
+        tmp_path / "a.svg"
+    ).read_text()
+    assert main([*command, "-o", f"{tmp_path}/", "--format", "webp", "--no-metadata"]) == 0
+    with Image.open(tmp_path / "yellow-star-0.webp") as image:
+        assert image.mode == "RGBA" and image.size == (32, 32) and not image.getexif()
+    assert main([*command, "-o", str(tmp_path / "b.png"), "--background", "sky blue", "--size", "80"]) == 0
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.mode == "RGB" and image.size == (80, 80)
+    assert read_parameters(tmp_path / "b.png")["width"] == 32  # as it was drawn
+
+
+def test_batch_dry_run_then_svg_from_standard_input(tiny_model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "animals.txt").write_text("cat\ndog\n")
+    command = ["batch", "-", "--out", str(tmp_path / "out"), "--model", str(tiny_model), "--device", "cpu"]
+    command += ["--wildcards", str(tmp_path / "words"), "--format", "svg", "--seed", "5"]
+    for more in (["--dry-run"], ["--json"], []):
+        text = io.BytesIO(b"{red|blue} __animals__ --s 2\nfish --w 48\n")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(text))
+        assert main([*command, *more]) == 0
+        said = capsys.readouterr().out
+        if more == ["--dry-run"]:
+            assert "3 rows, 3 pictures: 3 to make" in said and "2 of 32 x 32 pixels, 2 steps" in said
+            assert not (tmp_path / "out").exists()
+        elif more:
+            assert json.loads(said)["made"] == 3 and len(list((tmp_path / "out").glob("*.svg"))) == 3
+    assert "0 made, 3 already there" in said
+    prompts = {json.loads(line)["prompt"] for line in (tmp_path / "out" / "manifest.jsonl").open()}
+    assert "fish" in prompts and prompts < {
+        "fish",
+        *(f"{c} {a}" for c in ("red", "blue") for a in ("cat", "dog")),
+    }
+
+
+def test_a_batch_s_seed_draws_the_same_bytes(tiny_model, tmp_path, capsys):
+    (tmp_path / "rows.txt").write_text("a fish --l 2\na cat\n")
+    shared = ["--model", str(tiny_model), "--device", "cpu"]
+    assert (
+        main(["batch", str(tmp_path / "rows.txt"), "--out", str(tmp_path), "--deterministic", *shared]) == 0
+    )
+    record = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[0])
+    again = ["generate", record["prompt"], "--seed", str(record["seed"]), "--guidance", "2"]
+    assert main([*again, "-o", str(tmp_path / "again.png"), *shared]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / record["file"]).read_bytes()
 
 
 def test_batch_and_redraw(tiny_model, tmp_path, capsys):
@@ -118,6 +170,19 @@ BAD = {
     "rows": (["batch", "none.jsonl", "--out", "OUT"], "no such file"),
     "no rows": (["batch", "EMPTY", "--out", "OUT"], "holds no prompt"),
     "batch size": (["batch", "EMPTY", "--out", "OUT", "--batch-size", "0"], "must be from 1"),
+    "wildcards": (["batch", "FOLDER", "--out", "OUT", "--wildcards", "nowhere"], "no wildcards folder"),
+    "svg in shards": (
+        ["batch", "EMPTY", "--out", "OUT", "--to", "parquet", "--format", "svg"],
+        "SVG goes to a folder",
+    ),
+    "shard size": (["batch", "EMPTY", "--out", "OUT", "--samples-per-shard", "0"], "a shard holds from 1"),
+    "sheets": (["batch", "EMPTY", "--out", "OUT", "--sheets", "-1"], "contact sheets must be"),
+    "no model": (["batch", "ROWS", "--out", "OUT", "--model", "nowhere"], "no model folder"),
+    "out is a file": (["batch", "ROWS", "--out", "ROWS"], "is a file"),
+    "workers": (["batch", "EMPTY", "--out", "OUT", "--engine", "ray", "--workers", "-1"], "workers must be"),
+    "background": (["generate", "x", "--background", "reddish"], "unknown colour 'reddish'"),
+    "enlarged": (["generate", "x", "--size", "5"], "size must be from 16"),
+    "two formats": (["generate", "x", "-o", "a.png", "--format", "svg"], "not named as a svg"),
     "port": (["demo", "--port", "99999"], "port"),
     "pictures": (["finetune", "nowhere", "--out", "OUT"], "no such folder"),
     "config": (["shards", "build", "none.yaml", "--out", "OUT"], "no such config"),
@@ -129,8 +194,15 @@ BAD = {
 def test_mistakes_are_one_line_and_exit_2(name, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "rows.txt").write_text("fish\n")
     (tmp_path / "folder").mkdir()
-    places = {"MODEL": str(tiny_model), "OUT": "out", "EMPTY": "empty.txt", "FOLDER": "folder"}
+    places = {
+        "MODEL": str(tiny_model),
+        "OUT": "out",
+        "EMPTY": "empty.txt",
+        "ROWS": "rows.txt",
+        "FOLDER": "folder",
+    }
     arguments, words = BAD[name]
     try:
         code = main([places.get(word, word) for word in arguments])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import psutil
 import pytest
 
 from diffusionfm import ray_jobs
+from diffusionfm.batch import generate_batch
 from diffusionfm.data.shapes import shape_samples
 from diffusionfm.data.shards import ShardWriter
 from diffusionfm.precompute import corpus
@@ -98,6 +101,53 @@ def test_precompute_with_a_worker_killed_gives_the_bytes_of_a_local_run(tiny_mod
     assert not victim.is_running()
     files = {path.name: path.read_bytes() for path in alone.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "run/latents").iterdir()}
+
+
+def test_a_batch_on_ray_is_that_of_one_process(tiny_pipe, tmp_path):
+    rows = [{"id": f"r{k}", "prompt": f"a fish {k}", "width": 32 + 16 * (k % 2)} for k in range(12)]
+    rows += [{"id": "bad", "prompt": ""}]
+    same = {"deterministic": True, "sheets": 0, "progress": False}
+    generate_batch(rows, tiny_pipe, tmp_path / "alone", **same)
+    summary = generate_batch(rows, tiny_pipe, tmp_path / "ray", engine="ray", workers=2, **same)
+    assert (summary.made, summary.failed) == (12, 1)
+    alone, ray = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
+        for name in ("alone", "ray")
+    )
+    assert len(ray) == 12 and ray == alone
+
+
+def test_a_batch_outlives_a_killed_worker(tiny_model, tmp_path):
+    (tmp_path / "rows.txt").write_text("".join(f"a fish {k}\n" for k in range(120)))
+    command = [sys.executable, "-m", "diffusionfm.cli", "batch", str(tmp_path / "rows.txt"), "--steps", "100"]
+    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--device", "cpu"]
+    command += ["--batch-size", "2", "--engine", "ray", "--workers", "2", "--quiet"]
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    with open(tmp_path / "said", "w") as said:
+        child = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            deadline = time.monotonic() + 400
+            while not manifest.exists() or not manifest.stat().st_size:
+                assert child.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+                time.sleep(0.01)
+            victim = busiest(psutil.Process(child.pid))
+            victim.send_signal(signal.SIGKILL)
+            assert child.wait(timeout=400) == 0, (tmp_path / "said").read_text()
+        finally:
+            child.kill()
+    assert not victim.is_running()
+    records = [json.loads(line) for line in manifest.read_text().splitlines()]
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").glob("*.png")
+    }
+    assert len(records) == 120 and files == {record["file"]: record["sha256"] for record in records}
+
+
+def test_a_pipeline_in_memory_alone_cannot_go_to_workers(tmp_path):
+    from conftest import build_tiny_pipeline
+
+    with pytest.raises(ValueError, match="save it with save_pretrained"):
+        generate_batch(["fish"], build_tiny_pipeline(), tmp_path, engine="ray", progress=False)
 
 
 def busiest(driver: psutil.Process) -> psutil.Process:

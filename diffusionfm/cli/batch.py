@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diffusionfm.checks import check_model
 from diffusionfm.cli.draw import add_settings, load_pipeline, writable
 from diffusionfm.cli.parts import add_command
 
@@ -42,6 +43,7 @@ def batch(args: argparse.Namespace) -> int:
     )
     open_store(options.to, args.out, options.finish.suffix, options.samples_per_shard)
     rows = Rows(args.rows, options.wildcards)
+    check_model(args.model)
     if not args.dry_run:
         writable(args.out)
     start = time.monotonic()

@@ -92,6 +92,8 @@ def output_files(output: str | None, prompt: str, seed: int, count: int, suffix:
 
 def writable(folder: Path) -> None:
     """Make the folder, and find out now, not after the work, that it cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written: choose another output")
