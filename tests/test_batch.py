@@ -172,9 +172,9 @@ def test_jobs_of_one_shape_share_a_call_within_a_window():
 def test_the_size_of_a_call_follows_the_memory(tiny_pipe, monkeypatch):
     from diffusionfm.batch import fit
 
-    small, large = (fit.picture_bytes(tiny_pipe, (3, 3.0, side, side)) for side in (64, 256))
+    small, large = (fit.picture_bytes(tiny_pipe, side, side, 2) for side in (64, 256))
     assert 12 < large / small < 20
-    assert fit.picture_bytes(tiny_pipe, (3, 1.0, 64, 64)) <= small
+    assert fit.picture_bytes(tiny_pipe, 64, 64, 1) <= small
     monkeypatch.setattr(fit, "free_bytes", lambda device: 2 * 3 * large)
     assert fit.batch_size(tiny_pipe, (3, 3.0, 256, 256)) == 3
     assert fit.batch_size(tiny_pipe, (3, 3.0, 64, 64)) == fit.MOST["cpu"]

@@ -118,8 +118,8 @@ def test_a_batch_on_ray_is_that_of_one_process(tiny_pipe, tmp_path):
 
 
 def test_a_batch_outlives_a_killed_worker(tiny_model, tmp_path):
-    (tmp_path / "rows.txt").write_text("".join(f"a fish {k}\n" for k in range(120)))
-    command = [sys.executable, "-m", "diffusionfm.cli", "batch", str(tmp_path / "rows.txt"), "--steps", "100"]
+    (tmp_path / "rows.txt").write_text("".join(f"a fish {k}\n" for k in range(40)))
+    command = [sys.executable, "-m", "diffusionfm.cli", "batch", str(tmp_path / "rows.txt"), "--steps", "60"]
     command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--device", "cpu"]
     command += ["--batch-size", "2", "--engine", "ray", "--workers", "2", "--quiet"]
     manifest = tmp_path / "out" / "manifest.jsonl"
@@ -140,7 +140,7 @@ def test_a_batch_outlives_a_killed_worker(tiny_model, tmp_path):
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").glob("*.png")
     }
-    assert len(records) == 120 and files == {record["file"]: record["sha256"] for record in records}
+    assert len(records) == 40 and files == {record["file"]: record["sha256"] for record in records}
 
 
 def test_a_pipeline_in_memory_alone_cannot_go_to_workers(tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diffusionfm.batch.jobs import Run, seed_of
+from diffusionfm.batch.jobs import Run, groups, seed_of
 from diffusionfm.batch.phrases import FLAGS, Wildcards
 from diffusionfm.batch.rows import Rows, file_stem
 
@@ -261,6 +262,20 @@ def stream(tmp_path, count: int) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_a_million_rows_stream_through_rows_jobs_and_groups(tmp_path):
+    count = 1_000_000
+    with (tmp_path / "rows.txt").open("w") as out:
+        out.writelines(f"a red apple number {k} --w {32 + 16 * (k % 3)}\n" for k in range(count))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = Rows(tmp_path / "rows.txt")
+    found = groups(Run(0, SETTINGS, {}, {}).jobs(rows), lambda shape: 8)
+    assert sum(map(len, found)) == count
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ) * 1024 < 128 * 2**20  # 8 MB are the ids
 
 
 def test_rows_stream(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
     from diffusionfm.pipeline import DiffusionFMPipeline
 
 SHARE = 0.5  # of the free memory: other processes want some, and kernels have scratch space of their own
+TOKENS = 512
 MOST = {"cpu": 8, "mps": 8, "cuda": 64}
 
 
 def batch_size(pipe: DiffusionFMPipeline, shape: Shape) -> int:
     """Pictures of a shape for one network call on the pipeline's device, 1 to MOST of its kind."""
-    most = MOST.get(pipe.device.type, 8)
-    return max(1, min(most, int(SHARE * free_bytes(pipe.device)) // picture_bytes(pipe, shape)))
+    most, (_, guidance, width, height) = MOST.get(pipe.device.type, 8), shape
+    needs = picture_bytes(pipe, width, height, 1 if guidance == 1 else 2)
+    return max(1, min(most, int(SHARE * free_bytes(pipe.device)) // needs))
 
 
-def picture_bytes(pipe: DiffusionFMPipeline, shape: Shape) -> int:
-    """Bytes that one more picture of a call holds at its peak, in the denoiser or in the decoder."""
-    _, guidance, width, height = shape
-    unit, channels, tokens = pipe.vae.downsample, pipe.vae.latent_channels, pipe.tokenizer.model_max_length
-    copies = 1 if guidance == 1 else 2
+@lru_cache(1000)
+def picture_bytes(pipe: DiffusionFMPipeline, width: int, height: int, copies: int) -> int:
+    """Bytes that one more picture of a call holds at its peak, in the denoiser, `copies` times, or in the decoder."""
+    unit, channels = pipe.vae.downsample, pipe.vae.latent_channels
+    tokens = min(TOKENS, pipe.tokenizer.model_max_length)  # some tokenizers say 10**30
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), torch.device(pipe.device):
         x = torch.empty(1, channels, height // unit, width // unit)
         with Trace() as decoding:
