@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from diffusionfm.batch import generate_batch, plan_batch
+from diffusionfm.batch.draw import Drawer
 from diffusionfm.batch.jobs import Job, groups, seed_of
 from diffusionfm.batch.manifest import Manifest, locked
 from diffusionfm.batch.rows import Rows
@@ -176,9 +177,10 @@ def test_the_size_of_a_call_follows_the_memory(tiny_pipe, monkeypatch):
     assert 12 < large / small < 20
     assert fit.picture_bytes(tiny_pipe, 64, 64, 1) <= small
     monkeypatch.setattr(fit, "free_bytes", lambda device: 2 * 3 * large)
-    assert fit.batch_size(tiny_pipe, (3, 3.0, 256, 256)) == 3
-    assert fit.batch_size(tiny_pipe, (3, 3.0, 64, 64)) == fit.MOST["cpu"]
-    assert fit.batch_size(tiny_pipe, (3, 3.0, 1024, 1024)) == 1
+    drawer = Drawer(tiny_pipe)
+    assert drawer.size((3, 3.0, 256, 256)) == 3 and drawer.size((3, 3.0, 1024, 1024)) == 1
+    assert drawer.size((3, 3.0, 64, 64)) == drawer.size((9, 3.0, 64, 64)) == fit.MOST["cpu"]
+    assert Drawer(tiny_pipe, 5).size((3, 3.0, 1024, 1024)) == 5
 
 
 def test_a_call_out_of_memory_is_halved(tiny_pipe, tmp_path, monkeypatch):

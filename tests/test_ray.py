@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarn
 def this_machine_alone(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # of 15, workers starve beside whatever else is running
 
 
 def test_a_killed_worker_costs_a_retry_and_an_error_comes_home(tmp_path):

@@ -53,13 +53,21 @@ class Drawer:
         self.pipe = pipe
         self.batch_size = batch_size
         self.sizes: dict[Shape, int] = {}
+        self.needs: dict[tuple[int, int, int], int] = {}
         self.words: dict[str, torch.Tensor] = {}
 
     def size(self, shape: Shape) -> int:
         """How many jobs of a shape share a call."""
         if shape not in self.sizes:
-            self.sizes[shape] = self.batch_size or fit.batch_size(self.pipe, shape)
+            self.sizes[shape] = self.batch_size or self._fit(shape)
         return self.sizes[shape]
+
+    def _fit(self, shape: Shape) -> int:
+        _, guidance, width, height = shape
+        copies = 1 if guidance == 1 else 2
+        if (width, height, copies) not in self.needs:
+            self.needs[width, height, copies] = fit.picture_bytes(self.pipe, width, height, copies)
+        return fit.batch_size(self.pipe.device, self.needs[width, height, copies])
 
     def draw(self, jobs: list[Job]) -> list[Drawn]:
         """The pictures of jobs that share a shape, or of one broken job its failure."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusionfm.batch.jobs import Shape
 from diffusionfm.trace import Trace
 
 if TYPE_CHECKING:
@@ -20,14 +18,11 @@ TOKENS = 512
 MOST = {"cpu": 8, "mps": 8, "cuda": 64}
 
 
-def batch_size(pipe: DiffusionFMPipeline, shape: Shape) -> int:
-    """Pictures of a shape for one network call on the pipeline's device, 1 to MOST of its kind."""
-    most, (_, guidance, width, height) = MOST.get(pipe.device.type, 8), shape
-    needs = picture_bytes(pipe, width, height, 1 if guidance == 1 else 2)
-    return max(1, min(most, int(SHARE * free_bytes(pipe.device)) // needs))
+def batch_size(device: torch.device, needs: int) -> int:
+    """Pictures for one network call on a device, 1 to MOST of its kind, when one needs that many bytes."""
+    return max(1, min(MOST.get(device.type, 8), int(SHARE * free_bytes(device)) // needs))
 
 
-@lru_cache(1000)
 def picture_bytes(pipe: DiffusionFMPipeline, width: int, height: int, copies: int) -> int:
     """Bytes that one more picture of a call holds at its peak, in the denoiser, `copies` times, or in the decoder."""
     unit, channels = pipe.vae.downsample, pipe.vae.latent_channels
