@@ -16,7 +16,9 @@ from diffusionfm.checkpoint import listing
 from diffusionfm.cli import main
 from diffusionfm.config import load_config
 from diffusionfm.data.folder import pack_folder
-from diffusionfm.finetune import RECORD, FinetuneConfig, LoraFlowMatching, finetune, hold_out
+from diffusionfm.finetune import RECORD, FinetuneConfig, finetune
+from diffusionfm.finetune.methods import build
+from diffusionfm.finetune.pictures import hold_out
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import TrainingDiverged
 from train.finetune import main as recipe
@@ -82,14 +84,15 @@ def made(pictures, tiny_model, tmp_path_factory):
 
 def test_a_run_leaves_a_lora_sheets_and_losses(made):
     out, said, calls = made
-    assert said[0].endswith("12 pictures, 12 with a caption") and "12 from .txt files" in said[1]
-    assert "11 pictures to train on; validation loss on 1 pictures held out" in said[2]
+    text = "\n".join(said)
+    assert "12 pictures, 12 with a caption\ncaptions: 12 from .txt files" in text
+    assert "11 pictures to train on; validation loss on 1 pictures held out" in text
     assert [call[:2] for call in calls] == [(step, 4) for step in (1, 2, 3, 4)]
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{k:07d}.png" for k in (0, 2, 4)]
     with Image.open(out / "samples" / "0000004.png") as sheet:
         assert sheet.width > 256  # the model's picture beside the adapted one
     last = lines(out)[-1]
-    assert last["step"] == 4 and last["lora_change"] > 0
+    assert last["step"] == 4 and last["change"] > 0
     assert last["validation_loss"] != last["base_validation_loss"] > 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 2, "tiny")
@@ -119,7 +122,7 @@ def test_generate_draws_another_picture_with_it(made, tiny_model, tmp_path):
 def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):
     pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
     plain = pipe("a red apple").images[0].tobytes()
-    objective = LoraFlowMatching(pipe, rank=2, alpha=3, seed=0)
+    objective = build(pipe, FinetuneConfig(rank=2, alpha=3))
     assert pipe("a red apple").images[0].tobytes() == plain  # a new adapter changes nothing
     torch.manual_seed(0)
     for parameter in objective.lora.values():
@@ -169,7 +172,7 @@ def test_shards_and_few_pictures(tiny_model, tmp_path):
     finetune(
         tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1}
     )
-    assert "3 pictures in 1 shards" in said[0]
+    assert "3 pictures, 3 with a caption" in said[0]
     assert "3 pictures to train on; validation loss on the training pictures" in "\n".join(said)
 
 
@@ -230,7 +233,7 @@ def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_p
     assert "12 with a caption" in capsys.readouterr().out
     keys = {"data": pictures, "model": tiny_model, "rank": 2, "trainer.steps": 2}
     keys |= {"trainer.output_dir": tmp_path / "b"}
-    config = str(ROOT / "configs/icons/finetune.yaml")
+    config = str(ROOT / "configs/finetune/laptop.yaml")
     assert recipe([config, *(f"{key}={value}" for key, value in keys.items())]) == tmp_path / "b"
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     cfg = load_config(FinetuneConfig, config)
