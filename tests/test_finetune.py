@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionfm.checkpoint import listing
 from diffusionfm.cli import main
 from diffusionfm.config import load_config
 from diffusionfm.data.folder import pack_folder
-from diffusionfm.finetune import RECORD, FinetuneConfig, finetune
+from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, run
 from diffusionfm.finetune.methods import build
 from diffusionfm.finetune.pictures import hold_out
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import TrainingDiverged
+from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
 from train.finetune import main as recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = "adapter_model.safetensors"
-SHORT = {
-    "steps": 4,
-    "rank": 2,
-    "batch_size": 4,
-    "sample_every": 2,
-    "prompts": ["a red apple"],
-    "device": "cpu",
-}
 CLOCKED = ("images_per_s", "wait_s", "seconds", "mfu", "kwh")  # metrics that depend on the clock
-COLORS = ("red", "blue", "green", "orange")
-
-
-def draw_pictures(folder: Path, count: int = 12) -> Path:
-    """Circles in four colours, a caption beside each; every third one is opaque and not square."""
-    folder.mkdir()
-    for k in range(count):
-        opaque = k % 3 == 0
-        picture = Image.new("RGB", (40, 28), "white") if opaque else Image.new("RGBA", (32, 32))
-        ImageDraw.Draw(picture).ellipse((4 + k % 5, 4, 24, 24), fill=COLORS[k % 4])
-        picture.save(folder / f"circle {k:02d}.{'jpg' if opaque else 'png'}")
-        (folder / f"circle {k:02d}.txt").write_text(f"a {COLORS[k % 4]} circle, my style")
-    return folder
-
-
-def contents(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file of a folder: hash and time of the last change."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in files
-    }
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -138,25 +100,29 @@ def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):
     assert fresh("a red apple").images[0].tobytes() == adapted
 
 
-def test_resumed_equals_uninterrupted(made, pictures, tiny_model, tmp_path):
-    whole, _, _ = made
-    out, calls = tmp_path / "style", []
+def test_resumed_twice_equals_uninterrupted(pictures, tiny_model, tmp_path):
+    def config(name):
+        cfg = configure(pictures, tmp_path / name, model=str(tiny_model), **SHORT | {"steps": 6, "lr": 0.01})
+        cfg.prior, cfg.prior_pictures, cfg.own_prompts = 0.5, 3, ["a red apple", "yellow star"]
+        cfg.trainer.validate_every = 1
+        return cfg
 
-    def stop_after_two(step, steps, loss):
-        calls.append(step)
-        return step == 2
+    whole, out, calls = tmp_path / "whole", tmp_path / "parts", []
 
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2] and lines(out)[-1]["step"] == 2
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2, 3, 4]
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2, 3, 4]
+    def stop_at(*steps):
+        return lambda step, *_: calls.append(step) or step in steps
+
+    run(config("whole"))
+    for stop in (2, 3, 6, 6):
+        run(config("parts"), stop_at(stop))
+    assert calls == [1, 2, 3, 4, 5, 6]
     assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    for name in ("0000000.png", "0000004.png"):
+    for name in ("0000000.png", "0000004.png", "0000006.png"):
         assert (out / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
     timeless = [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines(out)]
     assert timeless == [{k: v for k, v in x.items() if k not in CLOCKED} for x in lines(whole)]
+    records = [json.loads((folder / RECORD).read_text()) for folder in (whole, out)]
+    assert records[0] == records[1] and records[0]["ended"]["step"] == 6
 
 
 def test_it_learns(pictures, tiny_model, tmp_path):
@@ -275,6 +241,14 @@ BAD = {
     "out is the data": (None, ["--out", "mine"], "lie in one another"),
     "out is a file": (None, ["--out", "file"], "is a file"),
     "out holds other files": (None, ["--out", "other"], "holds other files"),
+    "out below a file": (None, ["--out", "file/style"], "is a file"),
+    "out where nobody writes": (None, ["--out", "/proc/style"], "cannot be written"),
+    "trigger missing": (None, ["--captions", "trigger"], "stands for a trigger word"),
+    "trigger of two words": (None, ["--trigger", "my dog"], "one short word"),
+    "prior": (None, ["--prior", "-1"], "prior must be"),
+    "patience": (None, ["--patience", "-1"], "patience must be"),
+    "prompt": (None, ["--prompt", " "], "prompt is empty"),
+    "no GPU": (None, ["--preset", "gpu"], "no device 'cuda'"),
 }
 
 
@@ -286,6 +260,8 @@ def test_mistakes_are_one_line_exit_2_and_leave_nothing(name, tiny_model, tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("keep me")
     damage, arguments, words = BAD[name]
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
     if damage:
         damage(folder)
     before = contents(tmp_path)

@@ -172,7 +172,7 @@ def _scan(folder: Path, size: int, choice: str, progress: Progress | None) -> tu
         try:
             digest, picture = _look(folder, name, table, seen, name in heldout)
         except DECODE_ERRORS as error:
-            report.unreadable.append((name, str(error)))
+            report.unreadable.append((name, str(error).replace(str(folder / name), name)))
             continue
         if picture is None:
             report.duplicates.append((name, seen[digest]))

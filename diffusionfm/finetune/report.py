@@ -17,6 +17,7 @@ from diffusionfm.images import write_atomic
 
 REPORT = "report.html"
 LITTLE, MUCH = 0.05, 0.20  # rise of the loss on the model's own pictures that counts as forgetting
+HARDLY = 0.005  # fall of the validation loss that counts as none
 RISE = 0.01  # of the validation loss since its best that counts as overfitting
 Curve = list[tuple[float, float]]
 COLORS = {
@@ -76,7 +77,12 @@ def verdict(found: Outcome, held_out: bool) -> list[str]:
     """Three sentences or so: whether it learned, by heart or not, and what it forgot."""
     what = "pictures it had not seen" if held_out else "the pictures it was trained on"
     base, best = found.best["base_validation_loss"], found.best["validation_loss"]
-    if found.learned > 0:
+    if 0 <= found.learned < HARDLY:
+        lines = [
+            f"It hardly learned: the loss on {what} is {best:.4f} at step {found.step}, the model's own {base:.4f}. "
+            "Take more steps or a higher learning rate."
+        ]
+    elif found.learned > 0:
         lines = [
             f"It learned: the loss on {what} fell by {found.learned:.1%}, from {base:.4f} to {best:.4f} at step "
             f"{found.step}, whose weights are kept."
