@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusionfm.data.captions import words_of_name
 from diffusionfm.data.folder import (
     FolderDataset,
-    Preflight,
     pack_folder,
     preflight,
     read_picture,
     square,
-    words_of_name,
 )
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.report import verify_shards
@@ -44,7 +43,10 @@ def test_txt_beside_pictures(folder):
     dataset = FolderDataset(folder, size=16)
     assert [s["caption"] for s in dataset] == [f"the picture {n}" for n in ("a", "b", "more/c", "more/d")]
     assert all(s["picture"].size == (16, 16) and s["picture"].mode == "RGBA" for s in dataset)
-    assert dataset.report == Preflight(str(folder), found=4, captioned=4)
+    report = dataset.report
+    assert (report.found, report.captioned, report.faults()) == (4, 4, [])
+    assert report.origins == {".txt files": 4} and (report.transparent, report.opaque) == (0, 4)
+    assert report.shapes == {"wide": 4} and report.sizes == [(12, 8)] * 3 and report.enlarged == 4
 
 
 def test_metadata_jsonl_goes_before_txt(folder):
@@ -122,7 +124,7 @@ def test_missing_captions_refused_skipped_or_named(folder):
     named = FolderDataset(folder, captions="name")
     assert [s["caption"] for s in named] == ["an a", "b", "red apple big"]
     assert (
-        preflight(folder).missing
+        preflight(folder)[0].missing
         == named.report.missing
         == ["b.JPG", "more/0001.webp", "more/redApple_big-02.gif"]
     )
@@ -147,7 +149,8 @@ def test_unreadable_empty_and_equal_pictures_are_named_and_left_out(folder):
     Image.new("RGBA", (9, 9)).save(folder / "clear.png")
     (folder / "again.png").write_bytes((folder / "a.png").read_bytes())
     (folder / ".hidden.png").write_bytes(b"")
-    report = preflight(folder)
+    report, samples = preflight(folder)
+    assert len(samples) == 4
     assert (report.found, [name for name, _ in report.unreadable]) == (8, ["bad.png", "clear.png", "cut.png"])
     assert report.duplicates == [("again.png", "a.png")] or report.duplicates == [("a.png", "again.png")]
     assert "unreadable: clear.png: nothing but transparency" in str(report)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusionfm.cli.parts import CAPTIONS, CAPTIONS_HELP, ItemBar, add_command
+from diffusionfm.cli.parts import CAPTIONS_HELP, ItemBar, add_command
+from diffusionfm.data.captions import CHOICES
 
 
 def shards_build(args: argparse.Namespace) -> int:
@@ -114,7 +115,7 @@ def add_shards(commands: Any) -> None:
     command.add_argument("folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
-    command.add_argument("--captions", choices=CAPTIONS, default="refuse", help=CAPTIONS_HELP)
+    command.add_argument("--captions", choices=CHOICES, default="refuse", help=CAPTIONS_HELP)
     command.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     for name, run, summary in (
         ("inspect", shards_inspect, "count by source and licence, and draw a contact sheet"),
