@@ -10,6 +10,7 @@ from PIL import Image
 from diffusionfm.data.captions import words_of_name
 from diffusionfm.data.folder import (
     FolderDataset,
+    held_out_captions,
     pack_folder,
     preflight,
     read_picture,
@@ -193,6 +194,16 @@ def test_square_pads_with_transparency_and_makes_no_fringes():
     assert square(Image.new("RGBA", (1000, 1)), 8).size == (8, 8)
 
 
+def test_some_captions_are_kept_from_training_whatever_else_is_packed():
+    captions = [f"a thing {k}" for k in range(400)]
+    held = held_out_captions(captions, 0.1)
+    assert 20 <= len(held) <= 60 and held_out_captions(captions[::-1] + ["new"], 0.1) - {"new"} == held
+    assert len(held_out_captions(captions[:5], 0.001)) == 1 and held_out_captions(captions, 0) == set()
+    assert held_out_captions(["one", "one"], 0.5) == set()  # nothing would be left to train on
+    with pytest.raises(ValueError, match="a share"):
+        held_out_captions(captions, 1)
+
+
 def test_pack_folder_makes_shards_and_leaves_the_folder_alone(folder, tmp_path):
     caption_all(folder)
     (folder / "bad.png").write_bytes(b"not a picture")
@@ -201,8 +212,10 @@ def test_pack_folder_makes_shards_and_leaves_the_folder_alone(folder, tmp_path):
     report = pack_folder(folder, tmp_path / "out", size=16, progress=lambda *at: calls.append(at))
     assert report.unreadable[0][0] == "bad.png" and calls[-1] == (4, 4)
     assert verify_shards(tmp_path / "out") == []
-    dataset = ShardDataset(tmp_path / "out", split="train")
+    dataset = ShardDataset(tmp_path / "out")
     assert [s["caption"] for s in dataset] == [f"the picture {n}" for n in ("a", "b", "more/c", "more/d")]
+    assert len(ShardDataset(tmp_path / "out", split="train")) == 3
+    assert len(ShardDataset(tmp_path / "out", split="heldout")) == 1
     assert dataset.meta(2)["source"] == "user" and dataset.meta(2)["name"] == "more/c.webp"
     assert json.loads((tmp_path / "out/00000_stats.json").read_text())["failed_to_resize"] == 1
     with pytest.raises(ValueError, match="outside the pictures"):

@@ -36,6 +36,7 @@ def shards_pack(args: argparse.Namespace) -> int:
             size=args.size,
             captions=args.captions,
             overwrite=args.overwrite,
+            held_out=args.held_out,
             progress=ItemBar("picture"),
         )
     )
@@ -116,6 +117,13 @@ def add_shards(commands: Any) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
     command.add_argument("--captions", choices=CHOICES, default="refuse", help=CAPTIONS_HELP)
+    command.add_argument(
+        "--held-out",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of the captions, kept from training to judge by (default 0.02, at least one)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     for name, run, summary in (
         ("inspect", shards_inspect, "count by source and licence, and draw a contact sheet"),

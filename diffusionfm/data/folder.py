@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from diffusionfm.data import captions as caption_sources
+from diffusionfm.data.icons.sources import share
 from diffusionfm.data.preflight import SHOWN, Preflight, Usable, examine, other_files
 from diffusionfm.data.reader import DECODE_ERRORS, MAX_PIXELS, to_rgba
 from diffusionfm.data.shards import ShardWriter
@@ -77,6 +78,16 @@ class FolderDataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each picture, in order."""
+        return [picture.caption for picture in self._samples]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the folder itself keeps pictures from training."""
+        return any(picture.heldout for picture in self._samples)
+
 
 def preflight(
     folder: str | os.PathLike, size: int = 128, captions: str = "refuse", progress: Progress | None = None
@@ -95,24 +106,41 @@ def pack_folder(
     captions: str = "refuse",
     overwrite: bool = False,
     progress: Progress | None = None,
+    held_out: float = 0.02,
 ) -> Preflight:
     """Writes a folder of pictures as shards, source "user", licence "".
 
+    held_out: share of captions, at least one of two or more, whose pictures are kept from training to judge by; 0 for
+    none. An imagefolder that has its own validation/ or test/ keeps that instead.
+
     What was left out is in the report returned, and unreadable pictures are in the parquet too. Errors as
-    FolderDataset and ShardWriter."""
+    FolderDataset, ShardWriter and held_out_captions."""
     if Path(out_dir).resolve().is_relative_to(Path(src).resolve()):
         raise ValueError(f"{out_dir} lies in {src}; write the shards to a folder outside the pictures")
     common = dict.fromkeys(("package", "version", "licence", "attribution"), "")
     common |= {"source": "user"}
     with ShardWriter(out_dir, overwrite=overwrite) as writer:
         dataset = FolderDataset(src, size, captions)
+        held = set() if dataset.has_held_out else held_out_captions(dataset.captions, held_out)
         for i, sample in enumerate(dataset):
-            writer.write(sample["key"], sample["picture"], sample["caption"], {**common, **sample["meta"]})
+            meta = {**common, **sample["meta"]} | ({"split": "heldout"} if sample["caption"] in held else {})
+            writer.write(sample["key"], sample["picture"], sample["caption"], meta)
             if progress:
                 progress(i + 1, len(dataset))
         for i, (name, reason) in enumerate(dataset.report.unreadable):
             writer.fail(f"unreadable-{i:08d}", reason, {**common, "name": name})
     return dataset.report
+
+
+def held_out_captions(captions: Sequence[str], fraction: float) -> set[str]:
+    """The captions kept from training: a caption's place is a hash of its words, so more pictures move none of them.
+
+    ValueError unless `fraction` is from 0 to below 1; of two or more captions at least one is held out, and one not."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"held_out is a share, from 0 to below 1, not {fraction}")
+    places = sorted((share(f"held-out:{' '.join(c.lower().split())}"), c) for c in set(captions))
+    count = max(1, sum(place < fraction for place, _ in places))
+    return {caption for _, caption in places[: min(count, len(places) - 1)]} if fraction else set()
 
 
 def read_picture(path: str | os.PathLike) -> Image.Image:
