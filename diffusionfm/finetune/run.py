@@ -121,6 +121,8 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     and captions, and an output folder that holds anything but the same run; and TrainingDiverged.
     """
     out = Path(cfg.trainer.output_dir)
+    if os.environ.get("RANK", "0") != "0":
+        say = lambda text: None  # noqa: E731, the first rank speaks for all
     check_settings(cfg)
     source = check_model(cfg.model)
     with as_folder(cfg.data) as folder:
