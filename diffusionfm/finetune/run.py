@@ -51,8 +51,10 @@ def configure(
     cfg = load_preset(preset)
     cfg.data, cfg.trainer.output_dir = str(data), str(out)
     for key, value in chosen.items():
+        place = cfg if hasattr(cfg, key) else cfg.trainer
+        assert hasattr(place, key), key
         if value is not None:
-            setattr(cfg if hasattr(cfg, key) else cfg.trainer, key, value)
+            setattr(place, key, value)
     if cfg.method == "full" and chosen.get("lr") is None:
         cfg.trainer.lr *= FULL_LR
     return cfg
@@ -175,27 +177,22 @@ class Session:
         say: Say,
     ):
         self.cfg, self.say, self.known, self.count = cfg, say, known, len(samples)
-        self.out = out = Path(cfg.trainer.output_dir)
-        kept = load_file(out / pictures.OWN) if (out / pictures.OWN).is_file() else None
-        own, prior = pictures.own_pictures(pipe, cfg, kept, say)
-        train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
-        self.where = (
-            f"{len(self.held_out)} pictures held out"
-            if self.held_out
-            else "the training pictures, too few to hold some out"
-        )
-        prior_words = f" and {len(prior)} of the model's own" if prior else ""
-        say(f"{len(train)} pictures to train on{prior_words}; validation loss on {self.where}")
+        self.out = Path(cfg.trainer.output_dir)
         self.objective = build(pipe, cfg)
+        train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
+        own, prior = self._own_pictures(pipe)
+        where = f"{len(self.held_out)} pictures held out"
+        where = where if self.held_out else "the training pictures, too few to hold some out"
+        more = f" and {len(prior)} of the model's own" if prior else ""
+        say(f"{len(train)} pictures to train on{more}; validation loss on {where}")
         sets = {"validation": self.held_out or train, "seen": train, "own": own}
         prompts = [prompt.replace(TRIGGER, cfg.trigger) for prompt in cfg.prompts]
         prompts = prompts or pictures.sheet_prompts(self.held_out + train)
         patience = cfg.patience * cfg.trainer.validate_every
-        self.judge = Judge(pipe, self.objective, sets, prompts, out, patience)
-        data = Batches(
-            [*train, *prior], pictures.collate, cfg.trainer.batch_size, cfg.trainer.seed, workers=0,
-            weights=pictures.mixture(train, prior, cfg.prior),
-        )  # fmt: skip
+        self.judge = Judge(pipe, self.objective, sets, prompts, self.out, patience)
+        weights = pictures.mixture(train, prior, cfg.prior)
+        batch_size, seed = cfg.trainer.batch_size, cfg.trainer.seed
+        data = Batches([*train, *prior], pictures.collate, batch_size, seed, weights=weights, workers=0)
         self.trainer = Trainer(
             cfg.trainer, self.objective, data, resolved_config=cfg,
             on_sample=self.judge.draw, validate=self.judge.validate,
@@ -206,6 +203,13 @@ class Session:
         self.main = self.trainer.accelerator.is_main_process
         if self.main:
             self._begin(own, prior)
+
+    def _own_pictures(self, pipe: DiffusionFMPipeline) -> tuple[list[Sample], list[Sample]]:
+        """What the base model draws of its own prompts, or drew when the run began."""
+        file = self.out / pictures.OWN
+        kept = load_file(file) if file.is_file() else None
+        with self.objective.base():
+            return pictures.own_pictures(pipe, self.cfg, kept, self.say)
 
     def _begin(self, own: list[Sample], prior: list[Sample]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
