@@ -166,8 +166,8 @@ def grid(model: str | None, lora: Path, prompts: list[str], out: Path) -> None:
         if name == "adapted":
             pipe.load_lora(lora)
         images += pipe(prompts, seed=0).images
-        labels += [f"{name}: {prompt}" for prompt in prompts]
-    save_png(contact_sheet(images, labels, columns=len(prompts)), out)
+        labels += prompts if name == "model" else ["adapted"] * len(prompts)
+    save_png(contact_sheet(images, labels, columns=len(prompts), cell=192), out)
 
 
 def main() -> None:
@@ -177,6 +177,9 @@ def main() -> None:
         "--set", choices=SETS, action="append", help="which (default all); may be given several times"
     )
     parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
+    parser.add_argument(
+        "--prior", type=float, default=1.0, help="weight of the model's own pictures (default 1)"
+    )
     parser.add_argument("--model", help="pipeline folder to start from (default: the shipped model)")
     args = parser.parse_args()
     results = {}
@@ -187,7 +190,7 @@ def main() -> None:
         lora = run(
             configure(
                 folder / "pictures", folder / "lora", model=args.model, steps=args.steps,
-                trigger=chosen.trigger, prompts=list(chosen.prompts),
+                trigger=chosen.trigger, prompts=list(chosen.prompts), prior=args.prior,
             )
         )  # fmt: skip
         minutes = (time.monotonic() - began) / 60
