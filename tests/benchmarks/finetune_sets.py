@@ -101,11 +101,13 @@ def draw(source: str, name: str, svg: str) -> Image.Image:
 
 def freehand() -> Pictures:
     names = {name: phrase.replace("_", " ") for name, _, phrase in (pair.partition(":") for pair in FREEHAND)}
-    return iconify("streamline-freehand", names, "a freehand sketch of {}", "black")
+    return iconify("streamline-freehand", names, "a black hand drawn icon of {}", "black")
 
 
 def duotone() -> Pictures:
-    return iconify("ph", {f"{name}-duotone": name for name in DUOTONE}, "a duotone icon of {}", "purple")
+    return iconify(
+        "ph", {f"{name}-duotone": name for name in DUOTONE}, "a purple duotone icon of {}", "purple"
+    )
 
 
 def smile() -> Pictures:
@@ -130,7 +132,7 @@ def smile() -> Pictures:
 
 SETS = {
     "freehand": Set(
-        freehand, tuple(f"a freehand sketch of {x}" for x in ("a cat", "a star", "a tree", "a car"))
+        freehand, tuple(f"a black hand drawn icon of {x}" for x in ("a cat", "a star", "a tree", "a car"))
     ),
     "smile": Set(
         smile,
@@ -143,7 +145,7 @@ SETS = {
         trigger="zkw",
     ),
     "duotone": Set(
-        duotone, tuple(f"a duotone icon of {x}" for x in ("a house", "a dog", "a heart", "an apple"))
+        duotone, tuple(f"a purple duotone icon of {x}" for x in ("a house", "a dog", "a heart", "an apple"))
     ),
 }
 
