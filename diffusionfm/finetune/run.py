@@ -15,6 +15,7 @@ from diffusionfm.checkpoint import write_json
 from diffusionfm.checks import check_model, read_defaults, read_json
 from diffusionfm.data.archive import as_folder
 from diffusionfm.data.captions import TRIGGER
+from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
 from diffusionfm.finetune import pictures
@@ -132,6 +133,7 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
         size = read_defaults(source)["height"]
         dataset, report, shown = pictures.open_pictures(folder, size, cfg.captions, cfg.data, say)
         pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
+        _say_language(report, say)
         known = {"base": pipe.fingerprint(), **cfg.signature()}
         check_record(out, known)
         samples, digest = pictures.encode(pipe, dataset, cfg.trigger, say)
@@ -147,6 +149,14 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     if session.main and session.complete:
         session.finish(report)
     return out
+
+
+def _say_language(report: Preflight, say: Say) -> None:
+    """A word of warning when most captions that tell are in another language than most models are taught."""
+    told = {language: count for language, count in report.languages.items() if language != UNTOLD}
+    likely = max(told, key=lambda language: told[language], default="English")
+    if likely != "English":
+        say(f"the captions are likely {likely}: the shipped model was taught English ones and reads no other")
 
 
 def _device(cfg: FinetuneConfig) -> torch.device:
