@@ -154,11 +154,14 @@ def test_hold_out_follows_the_shards_or_takes_a_tenth():
 def test_captions_from_file_names(tiny_model, tmp_path):
     folder = draw_pictures(tmp_path / "mine", 3)
     (folder / "circle 01.txt").unlink()
+    for k in (0, 2):
+        (folder / f"circle {k:02d}.txt").write_text("ein Kreis und ein Hut")
     said: list[str] = []
     finetune(
         folder, tmp_path / "style", model=tiny_model, captions="name", say=said.append, **SHORT | {"steps": 1}
     )
     assert "2 from .txt files, 1 from file names" in "\n".join(said)
+    assert any("likely German" in line for line in said)
 
 
 def test_another_run_in_the_same_folder_is_refused(made, pictures, tiny_model, tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from diffusionfm.finetune.pictures import mixture, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +288,26 @@ def test_presets_load_and_the_command_knows_them():
     assert settings.METHODS == METHODS and settings.PRESETS == PRESETS and "trigger" in CHOICES
     with pytest.raises(ValueError, match="unknown preset"):
         load_preset("phone")
+
+
+# ---- many processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_lora_and_stop_early_together(pictures, tiny_model, tmp_path):
+    settings = {"data": pictures, "model": tiny_model, "rank": 2, "patience": 3, "prompts": "[a red apple]"}
+    settings |= {"trainer.output_dir": tmp_path / "style", "trainer.device": "cpu", "trainer.steps": 60}
+    settings |= {"trainer.batch_size": 4, "trainer.lr": 0.1, "trainer.ema": 0, "trainer.warmup": 0}
+    settings |= {"trainer.validate_every": 1, "trainer.checkpoint_every": 10, "trainer.tracker": "none"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["train/finetune.py", "configs/finetune/multi-gpu.yaml"]
+    command += [f"{key}={value}" for key, value in settings.items()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "style" / RECORD).read_text())
+    assert record["ended"]["early"] and record["ended"]["step"] <= record["results"]["best_step"] + 4
+    assert [line["samples"] for line in lines(tmp_path / "style")][:2] == [4, 8]
+    assert (tmp_path / "style" / "report.html").is_file()
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+    pipe.load_lora(tmp_path / "style")

@@ -25,13 +25,14 @@ def shards_build(args: argparse.Namespace) -> int:
 
 def shards_pack(args: argparse.Namespace) -> int:
     """`diffusionfm shards pack`."""
-    if not args.folder.is_dir():
+    if not args.folder.exists():
         raise ValueError(f"no such folder: {args.folder}")
+    from diffusionfm.data.archive import as_folder
     from diffusionfm.data.folder import pack_folder
 
-    print(
-        pack_folder(
-            args.folder,
+    with as_folder(args.folder) as folder:
+        report = pack_folder(
+            folder,
             args.out,
             size=args.size,
             captions=args.captions,
@@ -39,7 +40,8 @@ def shards_pack(args: argparse.Namespace) -> int:
             held_out=args.held_out,
             progress=ItemBar("picture"),
         )
-    )
+    report.folder = str(args.folder)
+    print(report)
     return 0
 
 
@@ -113,7 +115,9 @@ def add_shards(commands: Any) -> None:
         "pack your own pictures and captions",
         "shards pack my-pictures --out shards/mine",
     )
-    command.add_argument("folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV")
+    command.add_argument(
+        "folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or a .zip of them"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
     command.add_argument("--captions", choices=CHOICES, default="refuse", help=CAPTIONS_HELP)

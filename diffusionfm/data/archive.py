@@ -45,9 +45,9 @@ def as_folder(data: str | Path) -> Iterator[Path]:
         try:
             yield _unpack(path, folder)
         except ValueError as error:
-            if made not in str(error):
+            if str(folder) not in str(error):
                 raise
-            raise ValueError(str(error).replace(made, str(path))) from error
+            raise ValueError(str(error).replace(str(folder), str(path))) from error
 
 
 def _unpack(path: Path, folder: Path) -> Path:

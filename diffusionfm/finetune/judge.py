@@ -16,6 +16,7 @@ from diffusionfm.images import contact_sheet, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 
 VALIDATION_SAMPLES = 64  # what the validation loss is taken over, the held-out pictures repeated
+SHEET_CELL = 192  # pixels a picture, so that its prompt fits below it
 OTHER_SAMPLES = 32  # as many of the pictures trained on, and of the model's own
 
 
@@ -59,9 +60,9 @@ class Judge:
                 self.base_pictures = self.pipe(self.prompts, seed=0).images
         pictures = self.pipe(self.prompts, seed=0).images if step else self.base_pictures
         pairs = zip(self.base_pictures, pictures, strict=True)
-        labels = [f"{who}: {prompt}" for prompt in self.prompts for who in ("model", f"step {step}")]
+        labels = [label for prompt in self.prompts for label in (prompt, f"step {step}")]
         both = [picture for pair in pairs for picture in pair]
-        save_png(contact_sheet(both, labels, columns=min(4, len(labels))), file)
+        save_png(contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL), file)
 
     def draw_best(self) -> None:
         """Draw the best step too, unless that was drawn."""

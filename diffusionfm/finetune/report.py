@@ -19,6 +19,7 @@ REPORT = "report.html"
 LITTLE, MUCH = 0.05, 0.20  # rise of the loss on the model's own pictures that counts as forgetting
 HARDLY = 0.005  # fall of the validation loss that counts as none
 RISE = 0.01  # of the validation loss since its best that counts as overfitting
+SHEETS = 6  # beside the best step's, spread over the run
 Curve = list[tuple[float, float]]
 COLORS = {
     "held out": "#2563eb",
@@ -75,44 +76,43 @@ def outcome(out: Path) -> Outcome:
 
 def verdict(found: Outcome, held_out: bool) -> list[str]:
     """Three sentences or so: whether it learned, by heart or not, and what it forgot."""
+    return [_learned(found, held_out), _by_heart(found, held_out), _forgot(found.forgot)]
+
+
+def _learned(found: Outcome, held_out: bool) -> str:
     what = "pictures it had not seen" if held_out else "the pictures it was trained on"
     base, best = found.best["base_validation_loss"], found.best["validation_loss"]
-    if 0 <= found.learned < HARDLY:
-        lines = [
-            f"It hardly learned: the loss on {what} is {best:.4f} at step {found.step}, the model's own {base:.4f}. "
-            "Take more steps or a higher learning rate."
-        ]
-    elif found.learned > 0:
-        lines = [
+    if found.learned >= HARDLY:
+        return (
             f"It learned: the loss on {what} fell by {found.learned:.1%}, from {base:.4f} to {best:.4f} at step "
             f"{found.step}, whose weights are kept."
-        ]
-    else:
-        lines = [
-            f"It did not learn: the loss on {what} is {best:.4f}, the model's own {base:.4f}. Look at the captions, "
-            "or take more steps or another learning rate."
-        ]
+        )
+    degree = "It hardly learned" if found.learned >= 0 else "It did not learn"
+    return (
+        f"{degree}: the loss on {what} is {best:.4f} at step {found.step}, the model's own {base:.4f}. Look at the "
+        "captions, or take more steps or another learning rate."
+    )
+
+
+def _by_heart(found: Outcome, held_out: bool) -> str:
     if not held_out:
-        lines.append(
-            "Whether it learned them by heart cannot be told: with 10 pictures or more some are held out."
-        )
-    elif found.overfitted:
-        lines.append(
-            f"After step {found.step} it began to learn the pictures by heart: their loss went on falling, that on "
-            f"pictures it had not seen rose to {found.last['validation_loss']:.4f}. More pictures help, or fewer steps."
-        )
-    else:
-        lines.append("It did not learn the pictures by heart.")
-    forgot = found.forgot
-    if forgot < LITTLE:
-        lines.append(f"It still knows what it could draw before ({forgot:+.1%} loss on pictures of its own).")
-    else:
-        degree = "much" if forgot > MUCH else "some"
-        lines.append(
-            f"It forgot {degree} of what it could draw before ({forgot:+.1%} loss on pictures of its own): use it at a "
-            "lower scale, or train again with prior pictures (--prior 1) or fewer steps."
-        )
-    return lines
+        return "Whether it learned them by heart cannot be told: of 10 pictures or more some are held out."
+    if not found.overfitted:
+        return "It did not learn the pictures by heart."
+    return (
+        f"After step {found.step} it began to learn the pictures by heart: their loss went on falling, that on "
+        f"pictures it had not seen rose to {found.last['validation_loss']:.4f}. More pictures help, or fewer steps."
+    )
+
+
+def _forgot(share: float) -> str:
+    loss = f"{share:+.1%} loss on pictures of its own"
+    if share < LITTLE:
+        return f"It still knows what it could draw before ({loss})."
+    return (
+        f"It forgot {'much' if share > MUCH else 'some'} of what it could draw before ({loss}): use it at a lower "
+        "scale, or train again with prior pictures (--prior 1) or fewer steps."
+    )
 
 
 def write_report(
@@ -120,7 +120,9 @@ def write_report(
 ) -> None:
     """Write report.html: verdict, sheets, curves, settings and pictures, nothing loaded from elsewhere."""
     sheets = {int(path.stem): path for path in sorted((out / "samples").glob("*.png"))}
-    order = [found.step, *(step for step in sheets if step != found.step)]
+    others = [step for step in sheets if step != found.step]
+    spread = sorted({k * (len(others) - 1) // (SHEETS - 1) for k in range(SHEETS)}) if others else []
+    order = [found.step, *(others[k] for k in spread)]
     words = [*verdict(found, held_out), f"It {why}."]
     body = [
         f"<h1>{escape(out.name)}</h1>",

@@ -15,6 +15,7 @@ from diffusionfm.checkpoint import write_json
 from diffusionfm.checks import check_model, read_defaults, read_json
 from diffusionfm.data.archive import as_folder
 from diffusionfm.data.captions import TRIGGER
+from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
 from diffusionfm.finetune import pictures
@@ -51,8 +52,10 @@ def configure(
     cfg = load_preset(preset)
     cfg.data, cfg.trainer.output_dir = str(data), str(out)
     for key, value in chosen.items():
+        place = cfg if hasattr(cfg, key) else cfg.trainer
+        assert hasattr(place, key), key
         if value is not None:
-            setattr(cfg if hasattr(cfg, key) else cfg.trainer, key, value)
+            setattr(place, key, value)
     if cfg.method == "full" and chosen.get("lr") is None:
         cfg.trainer.lr *= FULL_LR
     return cfg
@@ -121,6 +124,8 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     and captions, and an output folder that holds anything but the same run; and TrainingDiverged.
     """
     out = Path(cfg.trainer.output_dir)
+    if os.environ.get("RANK", "0") != "0":
+        say = lambda text: None  # noqa: E731, the first rank speaks for all
     check_settings(cfg)
     source = check_model(cfg.model)
     with as_folder(cfg.data) as folder:
@@ -128,6 +133,7 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
         size = read_defaults(source)["height"]
         dataset, report, shown = pictures.open_pictures(folder, size, cfg.captions, cfg.data, say)
         pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
+        _say_language(report, say)
         known = {"base": pipe.fingerprint(), **cfg.signature()}
         check_record(out, known)
         samples, digest = pictures.encode(pipe, dataset, cfg.trigger, say)
@@ -143,6 +149,14 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     if session.main and session.complete:
         session.finish(report)
     return out
+
+
+def _say_language(report: Preflight, say: Say) -> None:
+    """A word of warning when most captions that tell are in another language than most models are taught."""
+    told = {language: count for language, count in report.languages.items() if language != UNTOLD}
+    likely = max(told, key=lambda language: told[language], default="English")
+    if likely != "English":
+        say(f"the captions are likely {likely}: the shipped model was taught English ones and reads no other")
 
 
 def _device(cfg: FinetuneConfig) -> torch.device:
@@ -173,27 +187,22 @@ class Session:
         say: Say,
     ):
         self.cfg, self.say, self.known, self.count = cfg, say, known, len(samples)
-        self.out = out = Path(cfg.trainer.output_dir)
-        kept = load_file(out / pictures.OWN) if (out / pictures.OWN).is_file() else None
-        own, prior = pictures.own_pictures(pipe, cfg, kept, say)
-        train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
-        self.where = (
-            f"{len(self.held_out)} pictures held out"
-            if self.held_out
-            else "the training pictures, too few to hold some out"
-        )
-        prior_words = f" and {len(prior)} of the model's own" if prior else ""
-        say(f"{len(train)} pictures to train on{prior_words}; validation loss on {self.where}")
+        self.out = Path(cfg.trainer.output_dir)
         self.objective = build(pipe, cfg)
+        train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
+        own, prior = self._own_pictures(pipe)
+        where = f"{len(self.held_out)} pictures held out"
+        where = where if self.held_out else "the training pictures, too few to hold some out"
+        more = f" and {len(prior)} of the model's own" if prior else ""
+        say(f"{len(train)} pictures to train on{more}; validation loss on {where}")
         sets = {"validation": self.held_out or train, "seen": train, "own": own}
         prompts = [prompt.replace(TRIGGER, cfg.trigger) for prompt in cfg.prompts]
         prompts = prompts or pictures.sheet_prompts(self.held_out + train)
         patience = cfg.patience * cfg.trainer.validate_every
-        self.judge = Judge(pipe, self.objective, sets, prompts, out, patience)
-        data = Batches(
-            [*train, *prior], pictures.collate, cfg.trainer.batch_size, cfg.trainer.seed, workers=0,
-            weights=pictures.mixture(train, prior, cfg.prior),
-        )  # fmt: skip
+        self.judge = Judge(pipe, self.objective, sets, prompts, self.out, patience)
+        weights = pictures.mixture(train, prior, cfg.prior)
+        batch_size, seed = cfg.trainer.batch_size, cfg.trainer.seed
+        data = Batches([*train, *prior], pictures.collate, batch_size, seed, weights=weights, workers=0)
         self.trainer = Trainer(
             cfg.trainer, self.objective, data, resolved_config=cfg,
             on_sample=self.judge.draw, validate=self.judge.validate,
@@ -204,6 +213,13 @@ class Session:
         self.main = self.trainer.accelerator.is_main_process
         if self.main:
             self._begin(own, prior)
+
+    def _own_pictures(self, pipe: DiffusionFMPipeline) -> tuple[list[Sample], list[Sample]]:
+        """What the base model draws of its own prompts, or drew when the run began."""
+        file = self.out / pictures.OWN
+        kept = load_file(file) if file.is_file() else None
+        with self.objective.base():
+            return pictures.own_pictures(pipe, self.cfg, kept, self.say)
 
     def _begin(self, own: list[Sample], prior: list[Sample]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
