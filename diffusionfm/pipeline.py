@@ -93,7 +93,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.defaults: dict[str, Any] = dict(DEFAULTS)
         self.model_name = "unnamed"
         self.loras: dict[str, float] = {}
-        self.lora_folders: dict[str, Path] = {}
+        self.lora_sources: dict[str, Path] = {}
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -130,16 +130,18 @@ class DiffusionFMPipeline(DiffusionPipeline):
         text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"
         write_atomic(Path(path) / "generation.json", text.encode())
 
-    def load_lora(self, folder: str | os.PathLike[str], scale: float = 1.0) -> None:
-        """Add a LoRA, a PEFT folder of adapter_config.json and adapter_model.safetensors, at `scale`.
+    def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Add a LoRA or DoRA at `scale`: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a
+        .safetensors file in kohya's or ComfyUI's names.
 
-        Several may be added. Raises ValueError when the folder is no such LoRA or was made for another model.
+        Several may be added. Raises ValueError when it is no such adapter or was made for another model.
         """
         from diffusionfm.lora import add_lora
 
-        name = add_lora(self.transformer, Path(folder), scale, taken=set(self.loras))
+        networks = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        name = add_lora(networks, Path(source), scale, taken=set(self.loras))
         self.loras[name] = scale
-        self.lora_folders[name] = Path(folder)
+        self.lora_sources[name] = Path(source)
 
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""

@@ -29,6 +29,7 @@ from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.report import verify_shards
 from diffusionfm.formats import Finish
 from diffusionfm.images import read_parameters
+from diffusionfm.pipeline import DiffusionFMPipeline
 
 PROMPTS = [{"id": f"row-{k}", "prompt": f"a red apple {k}"} for k in range(5)]
 ENDS = {"folder": "*.png", "webdataset": "*.tar", "parquet": "*.parquet"}
@@ -133,6 +134,32 @@ def test_deterministic_bytes_know_no_company(tiny_pipe, tmp_path):
     image = tiny_pipe(record["prompt"], seed=record["seed"]).images[0]
     said = tiny_pipe.describe(record["prompt"], record["seed"], record["settings"])
     assert Finish().encode(image, said) == everything["row-3.png"]
+
+
+def test_a_lora_is_on_record_and_changes_the_run(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from safetensors.torch import save_file
+
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    config = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    network = inject_adapter_in_model(config, pipe.transformer, adapter_name="made")
+    config.save_pretrained(tmp_path / "style")
+    weights = get_peft_model_state_dict(network, adapter_name="made")
+    file = tmp_path / "style" / "adapter_model.safetensors"
+    save_file({f"base_model.model.{key}": value.contiguous() for key, value in weights.items()}, file)
+
+    def adapted(scale: float) -> DiffusionFMPipeline:
+        pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+        pipe.load_lora(tmp_path / "style", scale)
+        return pipe
+
+    make(PROMPTS[:1], adapted(0.5), tmp_path / "out")
+    (record,) = check(tmp_path / "out", 1)
+    assert record["made_by"]["lora"] == ["style:0.5"]
+    assert record["made_by"]["lora_hashes"] == [hashlib.sha256(file.read_bytes()).hexdigest()[:12]]
+    assert read_parameters(tmp_path / "out" / record["file"])["lora"] == ["style:0.5"]
+    with pytest.raises(ValueError, match=r"with lora \['style:0.5'\], now \['style:0.8'\]"):
+        make(PROMPTS[:1], adapted(0.8), tmp_path / "out")
 
 
 def test_only_some_rows(tiny_pipe, tmp_path):

@@ -225,6 +225,7 @@ def test_every_help_has_examples(capsys):
         "generate",
         "batch",
         "finetune",
+        "export",
         "plan",
         "demo",
         "shards",

@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionfm.checkpoint import listing
 from diffusionfm.cli import main
 from diffusionfm.config import load_config
 from diffusionfm.data.folder import pack_folder
-from diffusionfm.finetune import RECORD, FinetuneConfig, LoraFlowMatching, finetune, hold_out
+from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, run
+from diffusionfm.finetune.methods import build
+from diffusionfm.finetune.pictures import hold_out
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import TrainingDiverged
+from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
 from train.finetune import main as recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = "adapter_model.safetensors"
-SHORT = {
-    "steps": 4,
-    "rank": 2,
-    "batch_size": 4,
-    "sample_every": 2,
-    "prompts": ["a red apple"],
-    "device": "cpu",
-}
 CLOCKED = ("images_per_s", "wait_s", "seconds", "mfu", "kwh")  # metrics that depend on the clock
-COLORS = ("red", "blue", "green", "orange")
-
-
-def draw_pictures(folder: Path, count: int = 12) -> Path:
-    """Circles in four colours, a caption beside each; every third one is opaque and not square."""
-    folder.mkdir()
-    for k in range(count):
-        opaque = k % 3 == 0
-        picture = Image.new("RGB", (40, 28), "white") if opaque else Image.new("RGBA", (32, 32))
-        ImageDraw.Draw(picture).ellipse((4 + k % 5, 4, 24, 24), fill=COLORS[k % 4])
-        picture.save(folder / f"circle {k:02d}.{'jpg' if opaque else 'png'}")
-        (folder / f"circle {k:02d}.txt").write_text(f"a {COLORS[k % 4]} circle, my style")
-    return folder
-
-
-def contents(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file of a folder: hash and time of the last change."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in files
-    }
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +46,15 @@ def made(pictures, tiny_model, tmp_path_factory):
 
 def test_a_run_leaves_a_lora_sheets_and_losses(made):
     out, said, calls = made
-    assert said[0].endswith("12 pictures, 12 with a caption") and "12 from .txt files" in said[1]
-    assert "11 pictures to train on; validation loss on 1 pictures held out" in said[2]
+    text = "\n".join(said)
+    assert "12 pictures, 12 with a caption\ncaptions: 12 from .txt files" in text
+    assert "11 pictures to train on; validation loss on 1 pictures held out" in text
     assert [call[:2] for call in calls] == [(step, 4) for step in (1, 2, 3, 4)]
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{k:07d}.png" for k in (0, 2, 4)]
     with Image.open(out / "samples" / "0000004.png") as sheet:
         assert sheet.width > 256  # the model's picture beside the adapted one
     last = lines(out)[-1]
-    assert last["step"] == 4 and last["lora_change"] > 0
+    assert last["step"] == 4 and last["change"] > 0
     assert last["validation_loss"] != last["base_validation_loss"] > 0
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 2, "tiny")
@@ -119,7 +84,7 @@ def test_generate_draws_another_picture_with_it(made, tiny_model, tmp_path):
 def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):
     pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
     plain = pipe("a red apple").images[0].tobytes()
-    objective = LoraFlowMatching(pipe, rank=2, alpha=3, seed=0)
+    objective = build(pipe, FinetuneConfig(rank=2, alpha=3))
     assert pipe("a red apple").images[0].tobytes() == plain  # a new adapter changes nothing
     torch.manual_seed(0)
     for parameter in objective.lora.values():
@@ -135,25 +100,29 @@ def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):
     assert fresh("a red apple").images[0].tobytes() == adapted
 
 
-def test_resumed_equals_uninterrupted(made, pictures, tiny_model, tmp_path):
-    whole, _, _ = made
-    out, calls = tmp_path / "style", []
+def test_resumed_twice_equals_uninterrupted(pictures, tiny_model, tmp_path):
+    def config(name):
+        cfg = configure(pictures, tmp_path / name, model=str(tiny_model), **SHORT | {"steps": 6, "lr": 0.01})
+        cfg.prior, cfg.prior_pictures, cfg.own_prompts = 0.5, 3, ["a red apple", "yellow star"]
+        cfg.trainer.validate_every = 1
+        return cfg
 
-    def stop_after_two(step, steps, loss):
-        calls.append(step)
-        return step == 2
+    whole, out, calls = tmp_path / "whole", tmp_path / "parts", []
 
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2] and lines(out)[-1]["step"] == 2
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2, 3, 4]
-    finetune(pictures, out, model=tiny_model, progress=stop_after_two, **SHORT)
-    assert calls == [1, 2, 3, 4]
+    def stop_at(*steps):
+        return lambda step, *_: calls.append(step) or step in steps
+
+    run(config("whole"))
+    for stop in (2, 3, 6, 6):
+        run(config("parts"), stop_at(stop))
+    assert calls == [1, 2, 3, 4, 5, 6]
     assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
-    for name in ("0000000.png", "0000004.png"):
+    for name in ("0000000.png", "0000004.png", "0000006.png"):
         assert (out / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
     timeless = [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines(out)]
     assert timeless == [{k: v for k, v in x.items() if k not in CLOCKED} for x in lines(whole)]
+    records = [json.loads((folder / RECORD).read_text()) for folder in (whole, out)]
+    assert records[0] == records[1] and records[0]["ended"]["step"] == 6
 
 
 def test_it_learns(pictures, tiny_model, tmp_path):
@@ -169,7 +138,7 @@ def test_shards_and_few_pictures(tiny_model, tmp_path):
     finetune(
         tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1}
     )
-    assert "3 pictures in 1 shards" in said[0]
+    assert "3 pictures, 3 with a caption" in said[0]
     assert "3 pictures to train on; validation loss on the training pictures" in "\n".join(said)
 
 
@@ -185,11 +154,14 @@ def test_hold_out_follows_the_shards_or_takes_a_tenth():
 def test_captions_from_file_names(tiny_model, tmp_path):
     folder = draw_pictures(tmp_path / "mine", 3)
     (folder / "circle 01.txt").unlink()
+    for k in (0, 2):
+        (folder / f"circle {k:02d}.txt").write_text("ein Kreis und ein Hut")
     said: list[str] = []
     finetune(
         folder, tmp_path / "style", model=tiny_model, captions="name", say=said.append, **SHORT | {"steps": 1}
     )
     assert "2 from .txt files, 1 from file names" in "\n".join(said)
+    assert any("likely German" in line for line in said)
 
 
 def test_another_run_in_the_same_folder_is_refused(made, pictures, tiny_model, tmp_path):
@@ -230,7 +202,7 @@ def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_p
     assert "12 with a caption" in capsys.readouterr().out
     keys = {"data": pictures, "model": tiny_model, "rank": 2, "trainer.steps": 2}
     keys |= {"trainer.output_dir": tmp_path / "b"}
-    config = str(ROOT / "configs/icons/finetune.yaml")
+    config = str(ROOT / "configs/finetune/laptop.yaml")
     assert recipe([config, *(f"{key}={value}" for key, value in keys.items())]) == tmp_path / "b"
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     cfg = load_config(FinetuneConfig, config)
@@ -272,6 +244,14 @@ BAD = {
     "out is the data": (None, ["--out", "mine"], "lie in one another"),
     "out is a file": (None, ["--out", "file"], "is a file"),
     "out holds other files": (None, ["--out", "other"], "holds other files"),
+    "out below a file": (None, ["--out", "file/style"], "is a file"),
+    "out where nobody writes": (None, ["--out", "/proc/style"], "cannot be written"),
+    "trigger missing": (None, ["--captions", "trigger"], "stands for a trigger word"),
+    "trigger of two words": (None, ["--trigger", "my dog"], "one short word"),
+    "prior": (None, ["--prior", "-1"], "prior must be"),
+    "patience": (None, ["--patience", "-1"], "patience must be"),
+    "prompt": (None, ["--prompt", " "], "prompt is empty"),
+    "no GPU": (None, ["--preset", "gpu"], "no device 'cuda'"),
 }
 
 
@@ -283,6 +263,8 @@ def test_mistakes_are_one_line_exit_2_and_leave_nothing(name, tiny_model, tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("keep me")
     damage, arguments, words = BAD[name]
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
     if damage:
         damage(folder)
     before = contents(tmp_path)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusionfm.data.captions import words_of_name
 from diffusionfm.data.folder import (
     FolderDataset,
-    Preflight,
+    held_out_captions,
     pack_folder,
     preflight,
     read_picture,
     square,
-    words_of_name,
 )
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.report import verify_shards
@@ -44,7 +44,10 @@ def test_txt_beside_pictures(folder):
     dataset = FolderDataset(folder, size=16)
     assert [s["caption"] for s in dataset] == [f"the picture {n}" for n in ("a", "b", "more/c", "more/d")]
     assert all(s["picture"].size == (16, 16) and s["picture"].mode == "RGBA" for s in dataset)
-    assert dataset.report == Preflight(str(folder), found=4, captioned=4)
+    report = dataset.report
+    assert (report.found, report.captioned, report.faults()) == (4, 4, [])
+    assert report.origins == {".txt files": 4} and (report.transparent, report.opaque) == (0, 4)
+    assert report.shapes == {"wide": 4} and report.sizes == [(12, 8)] * 3 and report.enlarged == 4
 
 
 def test_metadata_jsonl_goes_before_txt(folder):
@@ -122,7 +125,7 @@ def test_missing_captions_refused_skipped_or_named(folder):
     named = FolderDataset(folder, captions="name")
     assert [s["caption"] for s in named] == ["an a", "b", "red apple big"]
     assert (
-        preflight(folder).missing
+        preflight(folder)[0].missing
         == named.report.missing
         == ["b.JPG", "more/0001.webp", "more/redApple_big-02.gif"]
     )
@@ -147,7 +150,8 @@ def test_unreadable_empty_and_equal_pictures_are_named_and_left_out(folder):
     Image.new("RGBA", (9, 9)).save(folder / "clear.png")
     (folder / "again.png").write_bytes((folder / "a.png").read_bytes())
     (folder / ".hidden.png").write_bytes(b"")
-    report = preflight(folder)
+    report, samples = preflight(folder)
+    assert len(samples) == 4
     assert (report.found, [name for name, _ in report.unreadable]) == (8, ["bad.png", "clear.png", "cut.png"])
     assert report.duplicates == [("again.png", "a.png")] or report.duplicates == [("a.png", "again.png")]
     assert "unreadable: clear.png: nothing but transparency" in str(report)
@@ -190,6 +194,16 @@ def test_square_pads_with_transparency_and_makes_no_fringes():
     assert square(Image.new("RGBA", (1000, 1)), 8).size == (8, 8)
 
 
+def test_some_captions_are_kept_from_training_whatever_else_is_packed():
+    captions = [f"a thing {k}" for k in range(400)]
+    held = held_out_captions(captions, 0.1)
+    assert 20 <= len(held) <= 60 and held_out_captions(captions[::-1] + ["new"], 0.1) - {"new"} == held
+    assert len(held_out_captions(captions[:5], 0.001)) == 1 and held_out_captions(captions, 0) == set()
+    assert held_out_captions(["one", "one"], 0.5) == set()  # nothing would be left to train on
+    with pytest.raises(ValueError, match="a share"):
+        held_out_captions(captions, 1)
+
+
 def test_pack_folder_makes_shards_and_leaves_the_folder_alone(folder, tmp_path):
     caption_all(folder)
     (folder / "bad.png").write_bytes(b"not a picture")
@@ -198,8 +212,10 @@ def test_pack_folder_makes_shards_and_leaves_the_folder_alone(folder, tmp_path):
     report = pack_folder(folder, tmp_path / "out", size=16, progress=lambda *at: calls.append(at))
     assert report.unreadable[0][0] == "bad.png" and calls[-1] == (4, 4)
     assert verify_shards(tmp_path / "out") == []
-    dataset = ShardDataset(tmp_path / "out", split="train")
+    dataset = ShardDataset(tmp_path / "out")
     assert [s["caption"] for s in dataset] == [f"the picture {n}" for n in ("a", "b", "more/c", "more/d")]
+    assert len(ShardDataset(tmp_path / "out", split="train")) == 3
+    assert len(ShardDataset(tmp_path / "out", split="heldout")) == 1
     assert dataset.meta(2)["source"] == "user" and dataset.meta(2)["name"] == "more/c.webp"
     assert json.loads((tmp_path / "out/00000_stats.json").read_text())["failed_to_resize"] == 1
     with pytest.raises(ValueError, match="outside the pictures"):

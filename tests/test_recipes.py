@@ -212,6 +212,28 @@ def test_wrong_kind_and_a_vae_that_never_measures(house, refuses):
 
 
 @pytest.mark.slow
+def test_the_whole_way_from_a_folder_of_ones_own(tmp_path):
+    """As the README says: pack the pictures, then one command makes latents and trains on from the shipped weights."""
+    from diffusionfm.cli import main
+
+    for name in ("train", "configs", "diffusionfm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my-pictures").mkdir()
+    for key, picture, caption, _ in shape_samples(12, 128, seed=0):
+        picture.save(tmp_path / f"my-pictures/{key}.png")
+        (tmp_path / f"my-pictures/{key}.txt").write_text(caption)
+    assert main(["shards", "pack", str(tmp_path / "my-pictures"), "--out", str(tmp_path / "data/own")]) == 0
+    command = [sys.executable, "train/denoiser.py", "configs/own/denoiser.yaml", *DENOISER]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warm start from diffusionfm/weights/icons" in done.stdout
+    last = (tmp_path / "runs/own/denoiser/metrics.jsonl").read_text().splitlines()[-1]
+    assert 0 < json.loads(last)["heldout_loss"] < 1
+    assert (tmp_path / "runs/own/denoiser/pipeline/model_index.json").is_file()
+
+
+@pytest.mark.slow
 def test_the_whole_way_from_nothing(tmp_path):
     """One command makes all a tiny denoiser needs, trains it, and its pictures have the colours asked for."""
     import numpy as np

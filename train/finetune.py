@@ -1,4 +1,4 @@
-"""Adapt a model to your pictures: python train/finetune.py configs/icons/finetune.yaml data=my-pictures"""
+"""Adapt a model to your pictures: python train/finetune.py configs/finetune/laptop.yaml data=my-pictures"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from diffusionfm.finetune import FinetuneConfig, run
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Train a LoRA as `diffusionfm finetune` does, every key within reach; returns the run folder."""
-    example = "python train/finetune.py configs/icons/finetune.yaml data=my-pictures"
+    """Train as `diffusionfm finetune` does, every key within reach; returns the run folder."""
+    example = "python train/finetune.py configs/finetune/laptop.yaml data=my-pictures"
     cfg = parse_args(FinetuneConfig, argv, __doc__, example)
     with user_errors():
         return run(cfg)

@@ -149,7 +149,7 @@ def recipe(
         raise ValueError(
             "--engine ray loads the model on each worker: save it with save_pretrained, and load that"
         )
-    loras = tuple((str(pipe.lora_folders[name].resolve()), scale) for name, scale in pipe.loras.items())
+    loras = tuple((str(pipe.lora_sources[name].resolve()), scale) for name, scale in pipe.loras.items())
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     where = (str(Path(folder).resolve()), loras, dtype, pipe.device.type)
     return Recipe(*where, fingerprint, threads, finish, metadata)

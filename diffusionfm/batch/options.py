@@ -120,11 +120,18 @@ class Options:
 
 
 def made_by(pipe: DiffusionFMPipeline) -> dict[str, Any]:
-    """Which weights draw: the model's name and hash; name:scale, and the file's hash, of each LoRA."""
-    files = [pipe.lora_folders[name] / WEIGHTS for name in pipe.loras]
+    """Which weights draw: the model's name and hash; name:scale, and the files' hash, of each LoRA."""
     return {
         "model": pipe.model_name,
         "model_hash": pipe.fingerprint(),
         "lora": [f"{name}:{scale:g}" for name, scale in pipe.loras.items()],
-        "lora_hashes": [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files],
+        "lora_hashes": [_lora_hash(pipe.lora_sources[name]) for name in pipe.loras],
     }
+
+
+def _lora_hash(source: Path) -> str:
+    """12 hex digits of the SHA-256 over a LoRA's file, or over its folder's for the denoiser and the text encoder."""
+    digest = hashlib.sha256()
+    for file in [source] if source.is_file() else [source / WEIGHTS, source / "text_encoder" / WEIGHTS]:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:12]

@@ -43,6 +43,7 @@ def build_parser() -> Parser:
     draw.add_generate(commands)
     batch.add_batch(commands)
     training.add_finetune(commands)
+    training.add_export(commands)
     training.add_plan(commands)
     draw.add_demo(commands)
     shards.add_shards(commands)

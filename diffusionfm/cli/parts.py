@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-CAPTIONS = ("refuse", "name", "skip")
-CAPTIONS_HELP = "a picture without one: refuse the folder (default), use the words of its name, or skip it"
+CAPTIONS_HELP = (
+    "a picture without one: refuse the folder (default), use the words of its name or of its folder's, the trigger "
+    "alone, or skip it"
+)
 
 
 class Parser(argparse.ArgumentParser):

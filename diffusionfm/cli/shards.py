@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffusionfm.cli.parts import CAPTIONS, CAPTIONS_HELP, ItemBar, add_command
+from diffusionfm.cli.parts import CAPTIONS_HELP, ItemBar, add_command
+from diffusionfm.data.captions import CHOICES
 
 
 def shards_build(args: argparse.Namespace) -> int:
@@ -24,20 +25,23 @@ def shards_build(args: argparse.Namespace) -> int:
 
 def shards_pack(args: argparse.Namespace) -> int:
     """`diffusionfm shards pack`."""
-    if not args.folder.is_dir():
+    if not args.folder.exists():
         raise ValueError(f"no such folder: {args.folder}")
+    from diffusionfm.data.archive import as_folder
     from diffusionfm.data.folder import pack_folder
 
-    print(
-        pack_folder(
-            args.folder,
+    with as_folder(args.folder) as folder:
+        report = pack_folder(
+            folder,
             args.out,
             size=args.size,
             captions=args.captions,
             overwrite=args.overwrite,
+            held_out=args.held_out,
             progress=ItemBar("picture"),
         )
-    )
+    report.folder = str(args.folder)
+    print(report)
     return 0
 
 
@@ -111,10 +115,19 @@ def add_shards(commands: Any) -> None:
         "pack your own pictures and captions",
         "shards pack my-pictures --out shards/mine",
     )
-    command.add_argument("folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV")
+    command.add_argument(
+        "folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or a .zip of them"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
-    command.add_argument("--captions", choices=CAPTIONS, default="refuse", help=CAPTIONS_HELP)
+    command.add_argument("--captions", choices=CHOICES, default="refuse", help=CAPTIONS_HELP)
+    command.add_argument(
+        "--held-out",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of the captions, kept from training to judge by (default 0.02, at least one)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     for name, run, summary in (
         ("inspect", shards_inspect, "count by source and licence, and draw a contact sheet"),

@@ -1,4 +1,4 @@
-"""The commands about training: finetune and plan."""
+"""The commands about training: finetune, export and plan."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model
-from diffusionfm.cli.parts import CAPTIONS, CAPTIONS_HELP, add_command
+from diffusionfm.cli.parts import CAPTIONS_HELP, add_command
+from diffusionfm.data.captions import CHOICES
 from diffusionfm.gpus import KNOWN, check_gpu
+from diffusionfm.lora import parse_lora
+
+METHODS = ("lora", "dora", "full")  # of diffusionfm.finetune, which imports torch
+PRESETS = ("laptop", "gpu", "multi-gpu")
 
 
 def finetune(args: argparse.Namespace) -> int:
@@ -20,21 +25,34 @@ def finetune(args: argparse.Namespace) -> int:
     if not args.data.exists():
         raise ValueError(f"no such folder: {args.data}")
     check_model(args.model)
-    chosen = {name: getattr(args, name) for name in ("steps", "rank", "lr", "captions")}
+    names = ("steps", "rank", "lr", "captions", "method", "text_encoder", "trigger", "prior", "patience")
+    chosen = {name: getattr(args, name) for name in names}
     for name in ("steps", "rank", "lr"):
         if chosen[name] is not None and not chosen[name] > 0:
             raise ValueError(f"{name} must be above 0, got {chosen[name]}")
-    from diffusionfm.finetune import finetune as run
+    from diffusionfm.finetune import check, configure, run
 
-    run(
-        args.data,
-        args.out,
-        model=args.model,
-        seed=args.seed,
-        say=_silent if args.quiet else print,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    print(f'{args.out}: use it with  diffusionfm generate "..." --lora {args.out}')
+    chosen |= {"model": args.model, "seed": args.seed, "prompts": args.prompt or None}
+    cfg = configure(args.data, args.out, preset=args.preset, **chosen)
+    say = _silent if args.quiet else print
+    if args.check:
+        check(cfg, say)
+        print(f"{args.out}: preflight.json and preflight.png; leave out --check to train")
+        return 0
+    run(cfg, say=say)
+    use = "--model" if cfg.method == "full" else "--lora"
+    print(f'{args.out}: use it with  diffusionfm generate "..." {use} {args.out}')
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """`diffusionfm export`."""
+    check_model(args.model)
+    source, scale = parse_lora(args.lora)
+    from diffusionfm.finetune.export import export as run
+
+    difference = run(source, args.out, args.to, model=args.model, scale=scale)
+    print(f"{args.out}: loaded back, its picture differs by at most {difference} of 255")
     return 0
 
 
@@ -83,25 +101,76 @@ def add_finetune(commands: Any) -> None:
         commands,
         "finetune",
         finetune,
-        "adapt the model to a folder of pictures and captions; the same command again goes on where it stopped",
+        "adapt the model to your pictures and captions; the same command again goes on where it stopped",
+        "finetune my-pictures --out my-style --check           # only look at the pictures",
         "finetune my-pictures --out my-style",
-        "finetune my-pictures --out my-style --steps 300 --rank 16 --captions name",
+        "finetune my-dog.zip --out my-dog --captions trigger --trigger zkw --prior 1",
     )
     command.add_argument(
-        "data", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or shards"
+        "data",
+        type=Path,
+        help="pictures with .txt beside them, metadata.jsonl or a CSV, an imagefolder; a .zip of one; or shards",
     )
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="gets the LoRA; --lora DIR uses it"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets the LoRA and report.html; --lora DIR uses it",
     )
     command.add_argument(
         "--model", metavar="DIR", help="the model to start from (default: the shipped model)"
     )
-    command.add_argument("--steps", type=int, help="training steps (default 300)")
-    command.add_argument("--rank", type=int, help="LoRA rank (default 16)")
-    command.add_argument("--lr", type=float, help="learning rate (default 0.001)")
+    command.add_argument("--check", action="store_true", help="report on the pictures, train nothing")
+    command.add_argument(
+        "--preset",
+        default="laptop",
+        choices=PRESETS,
+        help="steps, rank, batch for the machine (default laptop: 10 to 50 pictures, minutes on two cores)",
+    )
+    command.add_argument(
+        "--method", choices=METHODS, help="what is trained (default lora; full: every weight)"
+    )
+    command.add_argument("--text-encoder", action="store_true", help="adapt the text encoder too")
+    command.add_argument("--captions", choices=CHOICES, help=CAPTIONS_HELP)
+    command.add_argument(
+        "--trigger", metavar="WORD", help="the subject's name, for [trigger] in captions and prompts"
+    )
+    command.add_argument(
+        "--prior",
+        type=float,
+        help="weight of pictures the model draws itself, so that it forgets less (default 0)",
+    )
+    command.add_argument(
+        "--prompt",
+        action="append",
+        help="what the sample sheets draw (default: some captions); several times",
+    )
+    command.add_argument("--steps", type=int, help="training steps (default: the preset's)")
+    command.add_argument(
+        "--patience", type=int, help="validations without a better loss to stop after, 0 never"
+    )
+    command.add_argument("--rank", type=int, help="LoRA rank (default: the preset's)")
+    command.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--captions", choices=CAPTIONS, help=CAPTIONS_HELP)
     command.add_argument("--quiet", action="store_true", help="no report on the pictures")
+
+
+def add_export(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "export",
+        export,
+        "take a LoRA elsewhere: a whole model folder, or one file for kohya's tools and ComfyUI",
+        "export my-style --to merged --out my-model            # then: generate ... --model my-model",
+        "export my-style --to kohya --out my-style.safetensors",
+    )
+    command.add_argument("lora", metavar="DIR[:SCALE]", help="what finetune wrote")
+    command.add_argument("--to", required=True, choices=("merged", "kohya"))
+    command.add_argument("--out", type=Path, required=True, help="a new folder, or a new .safetensors file")
+    command.add_argument(
+        "--model", metavar="DIR", help="the model it was trained on (default: the shipped one)"
+    )
 
 
 def add_plan(commands: Any) -> None:

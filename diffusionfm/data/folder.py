@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from diffusionfm.data import captions as caption_sources
+from diffusionfm.data.icons.sources import share
+from diffusionfm.data.preflight import SHOWN, Preflight, Usable, examine, other_files
 from diffusionfm.data.reader import DECODE_ERRORS, MAX_PIXELS, to_rgba
 from diffusionfm.data.shards import ShardWriter
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-FILE_COLUMNS = ("file_name", "image", "file", "filename", "path")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+NOTES = {".txt", ".jsonl", ".csv", ".md"}  # files beside pictures that nobody misses
 
 Progress = Callable[[int, int], None]
-Captioned = tuple[str, str, str]  # name, caption, where the caption is from
-
-
-@dataclass
-class Preflight:
-    """What a folder of pictures holds. File names are relative to the folder; pairs are (name, reason)."""
-
-    folder: str
-    found: int = 0
-    captioned: int = 0
-    missing: list[str] = field(default_factory=list)  # pictures without a caption
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    duplicates: list[tuple[str, str]] = field(default_factory=list)  # (name, the one kept)
-    absent: list[str] = field(default_factory=list)  # named by the metadata, but not in the folder
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.found} pictures, {self.captioned} with a caption"]
-        lines += [f"no caption: {name}" for name in self.missing]
-        lines += [f"unreadable: {name}: {reason}" for name, reason in self.unreadable]
-        lines += [f"duplicate: {name} is {first}, left out" for name, first in self.duplicates]
-        lines += [f"not found: {name}, named by the metadata" for name in self.absent]
-        return "\n".join(lines)
 
 
 class FolderDataset:
     """The captioned pictures of a folder (and its sub-folders) as samples, like those of ShardDataset.
 
     folder: pictures with a .txt of the same name beside each; or metadata.jsonl (file_name, text or caption),
-        or metadata.csv, or the only CSV there is, with such columns. A metadata caption goes before a .txt.
+        or metadata.csv, or the only CSV there is, with such columns; or Hugging Face's imagefolder, with such a
+        file in train/, whose validation/ or test/ become the split "heldout". A metadata caption goes before a .txt.
     size: side in pixels of the square RGBA picture made of each, turned as EXIF says, padded transparently.
-    captions: what to do about pictures without one: "refuse" (ValueError that names them), "skip", or "name"
-        (the words of the file name).
+    captions: what to do about pictures without one: "refuse" (ValueError that names them), "skip", "name" or
+        "folder" (the words of the file's or the folder's name), or "trigger" ("[trigger]", for fine-tuning).
 
     `report`, a Preflight, names what is left out: unreadable pictures, duplicates. ValueError, with the fix,
     for a folder without usable pictures and for metadata that cannot be read or leads outside the folder.
@@ -71,18 +45,22 @@ class FolderDataset:
         captions: str = "refuse",
         progress: Progress | None = None,
     ) -> None:
-        if captions not in ("refuse", "name", "skip"):
-            raise ValueError(f'captions is {captions!r}; it must be "refuse", "name" or "skip"')
+        if captions not in caption_sources.CHOICES:
+            raise ValueError(
+                f"captions is {captions!r}; it must be one of {', '.join(caption_sources.CHOICES)}"
+            )
         if not 8 <= size <= 4096:
             raise ValueError(f"size is {size}; it must be from 8 to 4096 pixels")
         self.folder = Path(folder)
         self.size = size
-        self.report, self._samples = _scan(self.folder, captions, progress)
+        self.report, pictures = _scan(self.folder, size, captions, progress)
         if captions == "refuse" and self.report.missing:
             raise ValueError(
                 f"{len(self.report.missing)} of {self.report.found} pictures in {folder} have no caption "
-                f"({_some(self.report.missing)}); write NAME.txt beside each, or choose captions skip or name"
+                f"({_some(self.report.missing)}); write NAME.txt beside each, or choose captions skip, name, "
+                "folder or trigger"
             )
+        self._samples = [picture for picture in pictures if picture.caption]
         if not self._samples:
             wrong = [f"{name}: {reason}" for name, reason in self.report.unreadable] + self.report.missing
             raise ValueError(
@@ -94,23 +72,31 @@ class FolderDataset:
         return len(self._samples)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"key", "picture" (RGBA, size x size), "caption", "meta" (name, caption_from)} of picture i."""
-        name, caption, origin = self._samples[i]
-        picture = square(read_picture(self.folder / name), self.size)
-        return {
-            "key": f"{i:08d}",
-            "picture": picture,
-            "caption": caption,
-            "meta": {"name": name, "caption_from": origin, "captions": [caption]},
-        }
+        """{"key", "picture" (RGBA, size x size), "caption", "meta" (name, caption_from, split)} of picture i."""
+        return _sample(self.folder, self._samples[i], i, self.size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each picture, in order."""
+        return [picture.caption for picture in self._samples]
 
-def preflight(folder: str | os.PathLike, progress: Progress | None = None) -> Preflight:
-    """Checks a folder as FolderDataset would, every picture decoded; missing captions only reported."""
-    return _scan(Path(folder), "skip", progress)[0]
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the folder itself keeps pictures from training."""
+        return any(picture.heldout for picture in self._samples)
+
+
+def preflight(
+    folder: str | os.PathLike, size: int = 128, captions: str = "refuse", progress: Progress | None = None
+) -> tuple[Preflight, list[dict[str, Any]]]:
+    """The report on a folder as FolderDataset would use it, and its first pictures as samples, captioned or not.
+
+    Every picture is decoded; missing captions are only reported. Errors as FolderDataset's about metadata."""
+    report, pictures = _scan(Path(folder), size, captions, progress)
+    return report, [_sample(Path(folder), picture, i, size) for i, picture in enumerate(pictures[:SHOWN])]
 
 
 def pack_folder(
@@ -120,19 +106,25 @@ def pack_folder(
     captions: str = "refuse",
     overwrite: bool = False,
     progress: Progress | None = None,
+    held_out: float = 0.02,
 ) -> Preflight:
     """Writes a folder of pictures as shards, source "user", licence "".
 
+    held_out: share of captions, at least one of two or more, whose pictures are kept from training to judge by; 0 for
+    none. An imagefolder that has its own validation/ or test/ keeps that instead.
+
     What was left out is in the report returned, and unreadable pictures are in the parquet too. Errors as
-    FolderDataset and ShardWriter."""
+    FolderDataset, ShardWriter and held_out_captions."""
     if Path(out_dir).resolve().is_relative_to(Path(src).resolve()):
         raise ValueError(f"{out_dir} lies in {src}; write the shards to a folder outside the pictures")
     common = dict.fromkeys(("package", "version", "licence", "attribution"), "")
-    common |= {"source": "user", "split": "train"}
+    common |= {"source": "user"}
     with ShardWriter(out_dir, overwrite=overwrite) as writer:
         dataset = FolderDataset(src, size, captions)
+        held = set() if dataset.has_held_out else held_out_captions(dataset.captions, held_out)
         for i, sample in enumerate(dataset):
-            writer.write(sample["key"], sample["picture"], sample["caption"], {**common, **sample["meta"]})
+            meta = {**common, **sample["meta"]} | ({"split": "heldout"} if sample["caption"] in held else {})
+            writer.write(sample["key"], sample["picture"], sample["caption"], meta)
             if progress:
                 progress(i + 1, len(dataset))
         for i, (name, reason) in enumerate(dataset.report.unreadable):
@@ -140,8 +132,19 @@ def pack_folder(
     return dataset.report
 
 
+def held_out_captions(captions: Sequence[str], fraction: float) -> set[str]:
+    """The captions kept from training: a caption's place is a hash of its words, so more pictures move none of them.
+
+    ValueError unless `fraction` is from 0 to below 1; of two or more captions at least one is held out, and one not."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"held_out is a share, from 0 to below 1, not {fraction}")
+    places = sorted((share(f"held-out:{' '.join(c.lower().split())}"), c) for c in set(captions))
+    count = max(1, sum(place < fraction for place, _ in places))
+    return {caption for _, caption in places[: min(count, len(places) - 1)]} if fraction else set()
+
+
 def read_picture(path: str | os.PathLike) -> Image.Image:
-    """RGBA picture of a file (PNG, JPEG, WebP, GIF's first frame, BMP), turned upright by its EXIF.
+    """RGBA picture of a file (PNG, JPEG, WebP, GIF's first frame, BMP, TIFF), turned upright by its EXIF.
 
     Raises one of DECODE_ERRORS when it cannot be decoded or has more than 64 Mpixel."""
     with Image.open(path, formats=list(FORMATS)) as picture:
@@ -163,134 +166,74 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     return canvas
 
 
-def words_of_name(name: str) -> str:
-    """A caption from a file name: "redApple_big-02.png" -> "red apple big"; '' when it has no words."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", Path(name).stem)
-    words = re.sub(r"[\W_]+", " ", words).strip().lower()
-    words = re.sub(r"( copy| \d+)+$|^\d+( \d+)*$", "", words).strip()
-    return words if re.search(r"[^\W\d]", words) else ""
+def hidden(path: Path) -> bool:
+    """Whether a file is one that systems put there: .DS_Store, ._picture.png, __MACOSX/..."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _scan(folder: Path, choice: str, progress: Progress | None) -> tuple[Preflight, list[Captioned]]:
-    """The report, and the usable pictures in name order."""
+def _sample(folder: Path, picture: Usable, i: int, size: int) -> dict[str, Any]:
+    meta = {"name": picture.name, "caption_from": picture.origin, "captions": [picture.caption]}
+    return {
+        "key": f"{i:08d}",
+        "picture": square(read_picture(folder / picture.name), size),
+        "caption": picture.caption,
+        "meta": meta | {"split": "heldout" if picture.heldout else "train"},
+    }
+
+
+def _scan(folder: Path, size: int, choice: str, progress: Progress | None) -> tuple[Preflight, list[Usable]]:
+    """The report, and the pictures that can be decoded, each once, in name order, captioned where possible."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of pictures and captions")
-    captions, origin = _metadata(folder)
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _hidden(path.relative_to(folder))
-    )
-    report = Preflight(str(folder), found=len(names), absent=sorted(set(captions) - set(names)))
-    samples: list[Captioned] = []
+    table = caption_sources.tables(folder)
+    inside = (path for path in folder.rglob("*") if not hidden(path.relative_to(folder)))
+    files = sorted(path for path in inside if path.is_file())
+    names = sorted(p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in SUFFIXES)
+    report = Preflight(str(folder), found=len(names), absent=sorted(set(table) - set(names)))
+    report.other = other_files(files, SUFFIXES | NOTES)
+    heldout = caption_sources.held_out(names)
+    pictures: list[Usable] = []
     seen: dict[str, str] = {}
     for i, name in enumerate(names):
         if progress:
             progress(i + 1, len(names))
-        path = folder / name
-        caption, source = captions.get(name, ""), origin
         try:
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError("a link that leads outside the folder")
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if digest not in seen and read_picture(path).getchannel("A").getbbox() is None:
-                raise ValueError("nothing but transparency")
-            if not caption and path.with_suffix(".txt").is_file():
-                caption, source = _text_beside(folder, path), "txt"
+            digest, picture = _look(folder, name, table, seen, name in heldout)
         except DECODE_ERRORS as error:
-            report.unreadable.append((name, str(error)))
+            report.unreadable.append((name, str(error).replace(str(folder / name), name)))
             continue
-        if digest in seen:
+        if picture is None:
             report.duplicates.append((name, seen[digest]))
             continue
         seen[digest] = name
-        report.captioned += bool(caption)
-        if not caption and choice == "name":
-            caption, source = words_of_name(name), "name"
-        if caption:
-            samples.append((name, caption, source))
-        if not caption or source == "name":
+        report.captioned += bool(picture.caption)
+        if not picture.caption:
             report.missing.append(name)
-    return report, samples
+            caption = caption_sources.caption_for(name, choice)
+            picture = replace(picture, caption=caption, origin=choice if caption else "")
+        pictures.append(picture)
+    report.describe(pictures, size)
+    return report, pictures
 
 
-def _text_beside(folder: Path, picture: Path) -> str:
-    path = picture.with_suffix(".txt")
+def _look(
+    folder: Path, name: str, table: dict[str, tuple[str, str]], seen: dict[str, str], heldout: bool
+) -> tuple[str, Usable | None]:
+    """(digest of the file, the picture with its own caption or "", or None for one that was seen before)."""
+    path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path.name} is a link that leads outside the folder")
-    return " ".join(path.read_text(encoding="utf-8-sig").split())
-
-
-def _metadata(folder: Path) -> tuple[dict[str, str], str]:
-    """Captions by picture from metadata.jsonl, or else the CSV, and which file that was."""
-    jsonl = folder / "metadata.jsonl"
-    tables = sorted(folder.glob("*.csv"))
-    named = [path for path in tables if path.name == "metadata.csv"] or tables
-    if jsonl.is_file():
-        path, rows = jsonl, _jsonl_rows(jsonl)
-    elif len(named) == 1:
-        path, rows = named[0], _csv_rows(named[0])
-    elif named:
-        raise ValueError(f"{folder} has {len(named)} CSV files; name the one with the captions metadata.csv")
-    else:
-        return {}, ""
-    captions: dict[str, str] = {}
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: no file_name; each row needs the name of its picture")
-        caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
-        if not isinstance(caption, str):
-            raise ValueError(f"{where}: the caption must be text")
-        captions[_inside(folder, name, where)] = " ".join(caption.split())
-    return captions, path.name
-
-
-def _inside(folder: Path, name: str, where: str) -> str:
-    """The name in its plain form. ValueError where it leads outside the folder."""
-    plain = os.path.normpath(name.replace("\\", "/"))
-    outside = plain.startswith(("..", "/")) or re.match(r"[A-Za-z]:", plain) or "\0" in plain
-    if outside or not (folder / plain).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {name!r} leads outside the folder; name pictures that lie in it")
-    return Path(plain).as_posix()
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); each line is one object") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, line {number}: no object like {{"file_name": "a.png", "text": "..."}}')
-        yield number, row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    columns = [(column or "").strip().lower() for column in reader.fieldnames or []]
-    if not set(columns) & set(FILE_COLUMNS) or not set(columns) & set(CAPTION_COLUMNS):
-        raise ValueError(f"{path}: its first line must name the columns, file_name and text")
-    reader.fieldnames = columns
-    try:
-        yield from ((reader.line_num, row) for row in reader)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; save it as a plain CSV") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+        raise ValueError("a link that leads outside the folder")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest in seen:
+        return digest, None
+    picture = read_picture(path)
+    if picture.getchannel("A").getbbox() is None:
+        raise ValueError("nothing but transparency")
+    caption, origin = table.get(name, ("", ""))
+    if not caption:
+        caption, origin = caption_sources.text_beside(folder, path), "txt"
+    return digest, examine(name, picture, caption, origin, heldout)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,200 @@
+"""The pictures to learn from, as latents with captions; and those that the base model draws of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.data.captions import TRIGGER
+from diffusionfm.data.folder import FolderDataset, preflight, square
+from diffusionfm.data.order import Order
+from diffusionfm.data.preflight import SHOWN, Preflight, examine_shards, preflight_sheet
+from diffusionfm.data.reader import ShardDataset
+from diffusionfm.data.training import choose_caption, pixels
+from diffusionfm.finetune.settings import PREFLIGHT, SHEET, FinetuneConfig
+from diffusionfm.images import save_png
+from diffusionfm.objectives import as_float
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.text import truncated_words
+
+Say = Callable[[str], object]
+Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"
+
+MAX_HELD_OUT = 64
+SHEET_PROMPTS = 4
+OWN = "own.safetensors"
+PRIOR_SEED = 1_000_000  # forgetting is measured on seeds from 0, prior pictures are drawn from here on
+
+
+# ---- what is there -------------------------------------------------------------------------------------------
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether pictures come as shards: a .tar, or a folder with one."""
+    return folder.suffix.lower() == ".tar" or any(folder.glob("*.tar"))
+
+
+def open_pictures(
+    folder: Path, size: int, captions: str, shown_as: str, say: Say
+) -> tuple[FolderDataset | ShardDataset, Preflight, list[Sample]]:
+    """The captioned pictures of a folder, or of the shards in it, the report on them, said, and the first of them."""
+    if is_shards(folder):
+        shards = ShardDataset(folder)
+        report, shown = examine_shards(shards, size)
+        report.folder = shown_as
+        say(str(report))
+        return shards, report, shown
+    try:
+        dataset = FolderDataset(folder, size, captions)
+    except ValueError:
+        report, _ = preflight(folder, size, captions)
+        report.folder = shown_as
+        say(str(report))
+        raise
+    dataset.report.folder = shown_as
+    say(str(dataset.report))
+    return dataset, dataset.report, [dataset[i] for i in range(min(SHOWN, len(dataset)))]
+
+
+def look_only(folder: Path, size: int, captions: str, shown_as: str) -> tuple[Preflight, list[Sample]]:
+    """The report on pictures and the first of them, captioned or not; nothing is refused."""
+    if is_shards(folder):
+        report, shown = examine_shards(ShardDataset(folder), size)
+    else:
+        report, shown = preflight(folder, size, captions)
+    report.folder = shown_as
+    return report, shown
+
+
+def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> None:
+    """preflight.json, and preflight.png where there is a picture to show."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / PREFLIGHT, report.as_dict())
+    if shown:
+        save_png(preflight_sheet(shown), out / SHEET)
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """A caption that says the trigger: in the place of [trigger], where it is said, or else before all."""
+    if not trigger or trigger.casefold() in caption.casefold().split():
+        return caption
+    return caption.replace(TRIGGER, trigger) if TRIGGER in caption else f"{trigger}, {caption}"
+
+
+# ---- as latents ----------------------------------------------------------------------------------------------
+
+
+def encode(
+    pipe: DiffusionFMPipeline,
+    dataset: FolderDataset | ShardDataset,
+    trigger: str = "",
+    say: Say = print,
+    batch_size: int = 16,
+) -> tuple[list[Sample], str]:
+    """Every picture as a latent on the CPU, and 12 hex digits of the SHA-256 over all pictures and captions."""
+    samples: list[Sample] = []
+    waiting: list[Tensor] = []
+    digest, put_before = hashlib.sha256(), 0
+    for source in dataset:
+        meta, said = source["meta"], source["meta"].get("captions") or [source["caption"]]
+        texts = [with_trigger(text, trigger) for text in said]
+        if any(TRIGGER in text for text in texts):
+            raise ValueError(f"captions hold {TRIGGER}: give the word that it stands for, as --trigger zkw")
+        put_before += bool(trigger) and texts[0] == f"{trigger}, {said[0]}"
+        waiting.append(_pixels(source["picture"], pipe.defaults["height"]))
+        digest.update(waiting[-1].numpy().tobytes() + "\0".join(["", *texts, ""]).encode())
+        key, heldout = meta.get("name") or source["key"], meta.get("split") == "heldout"
+        samples.append({"key": key, "captions": texts, "heldout": heldout})
+        if len(waiting) == batch_size:
+            _flush(pipe, samples, waiting)
+    _flush(pipe, samples, waiting)
+    if put_before:
+        say(f"the trigger {trigger!r} was put before {put_before} captions that did not say it")
+    for sample in samples:
+        lost = truncated_words(pipe.tokenizer, sample["captions"][0])
+        if lost:
+            say(f"caption too long: {sample['key']}: the model does not read {lost[:80]!r}")
+    return samples, digest.hexdigest()[:12]
+
+
+def _pixels(picture: Image.Image, size: int) -> Tensor:
+    return pixels({"picture": picture if picture.size == (size, size) else square(picture, size)})
+
+
+def _flush(pipe: DiffusionFMPipeline, samples: list[Sample], waiting: list[Tensor]) -> None:
+    """Encode the pictures that wait, which are those of the last samples."""
+    if waiting:
+        for sample, latent in zip(samples[-len(waiting) :], to_latents(pipe, waiting), strict=True):
+            sample["latent"] = latent
+        waiting.clear()
+
+
+@torch.no_grad()
+def to_latents(pipe: DiffusionFMPipeline, pictures: Sequence[Tensor]) -> Tensor:
+    """Latents (b, c, y, x), float32 on the CPU, of straight RGBA pictures, uint8 (4, y, x) each."""
+    return pipe.vae.encode(as_float(torch.stack(list(pictures))).to(pipe.device)).float().cpu()
+
+
+def hold_out(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(to train on, held out): what the data hold out, else 10 % of 10 or more pictures, 64 at most."""
+    chosen = [i for i, sample in enumerate(samples) if sample["heldout"]]
+    if not chosen or len(chosen) == len(samples):
+        chosen = Order(len(samples), seed).epoch(0)[: len(samples) // 10].tolist()
+    kept = sorted(set(range(len(samples))) - set(chosen))
+    return [samples[i] for i in kept], [samples[i] for i in sorted(chosen)[:MAX_HELD_OUT]]
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Samples -> {"key": [...], "latent" (b, c, y, x), "caption": [...]}, one caption chosen for each."""
+    return {
+        "key": [s["key"] for s in samples],
+        "latent": torch.stack([s["latent"] for s in samples]),
+        "caption": [choose_caption(s["captions"], s.get("draw", 0)) for s in samples],
+    }
+
+
+def sheet_prompts(samples: list[Sample]) -> list[str]:
+    """The first captions of the set, each once: what the sample sheets draw when nothing else is asked for."""
+    return list(dict.fromkeys(sample["captions"][0] for sample in samples))[:SHEET_PROMPTS]
+
+
+# ---- what the base model draws ---------------------------------------------------------------------------------
+
+
+def own_pictures(
+    pipe: DiffusionFMPipeline, cfg: FinetuneConfig, known: dict[str, Tensor] | None, say: Say
+) -> tuple[list[Sample], list[Sample]]:
+    """(to measure forgetting by, to keep in training): pictures that the base model draws of its own prompts.
+
+    known: their latents as a session before kept them, so that a run goes on with the same ones."""
+    count = cfg.prior_pictures if cfg.prior else 0
+    prompts = cfg.own_prompts + [cfg.own_prompts[k % len(cfg.own_prompts)] for k in range(count)]
+    seeds = [0] * len(cfg.own_prompts) + [PRIOR_SEED + k for k in range(count)]
+    if known is None:
+        say(f"drawing {len(prompts)} pictures of the model's own prompts, to see what it forgets")
+        size = pipe.defaults["height"]
+        latents = to_latents(pipe, [_pixels(p, size) for p in pipe(prompts, seed=seeds).images])
+    else:
+        latents = known["latent"]
+    samples = [
+        {"key": f"own/{k:04d}", "latent": latent, "captions": [prompt], "heldout": False}
+        for k, (prompt, latent) in enumerate(zip(prompts, latents, strict=True))
+    ]
+    return samples[: len(cfg.own_prompts)], samples[len(cfg.own_prompts) :]
+
+
+def keep_own(out: Path, own: list[Sample], prior: list[Sample]) -> None:
+    """Keep the latents of `own_pictures` in the run folder."""
+    write_weights(out / OWN, {"latent": torch.stack([sample["latent"] for sample in [*own, *prior]])})
+
+
+def mixture(train: list[Sample], prior: list[Sample], weight: float) -> list[float] | None:
+    """How often each sample comes an epoch: prior pictures together `weight` times as often as the others."""
+    return [1.0] * len(train) + [weight * len(train) / len(prior)] * len(prior) if prior else None
