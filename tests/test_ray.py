@@ -21,6 +21,7 @@ from diffusionfm.data.shapes import shape_samples
 from diffusionfm.data.shards import ShardWriter
 from diffusionfm.precompute import corpus
 from diffusionfm.precompute.encoder import EncoderConfig
+from tests.conftest import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt '.[ray]'")
@@ -145,8 +146,6 @@ def test_a_batch_outlives_a_killed_worker(tiny_model, tmp_path):
 
 
 def test_a_pipeline_in_memory_alone_cannot_go_to_workers(tmp_path):
-    from conftest import build_tiny_pipeline
-
     with pytest.raises(ValueError, match="save it with save_pretrained"):
         generate_batch(["fish"], build_tiny_pipeline(), tmp_path, engine="ray", progress=False)
 

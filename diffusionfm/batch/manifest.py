@@ -111,7 +111,8 @@ class Manifest:
         now = {"prompt": job.prompt, "seed": job.seed, **job.settings, **run.output, **run.made_by}
         then = {name: record[name] for name in ("prompt", "seed")}
         then |= record["settings"] | record["output"] | record["made_by"]
-        name = next(name for name in {**now, **then} if now.get(name) != then.get(name))
+        name = next((name for name in {**now, **then} if now.get(name) != then.get(name)), None)
+        assert name is not None, "two digests of equal values"
         raise ValueError(
             f"{self.path.parent} already holds row {job.id!r} with {name} {then.get(name)!r}, "
             f"now {now.get(name)!r}: run the same command as before to go on, or use a new --out folder"

@@ -75,7 +75,7 @@ def add_batch(commands: Any) -> None:
         "batch prompts.txt --out pictures --retry-failed",
         "batch animals.txt --out pictures --wildcards words --n 10       # {red|blue} __animals__",
         "batch prompts.parquet --out shards --to webdataset --format webp",
-        "echo 'a red apple --s 30 --d 7' | diffusionfm batch - --out apple --format svg",
+        "batch - --out icons --format svg < prompts.txt",
     )
     command.add_argument(
         "rows",
@@ -125,7 +125,7 @@ def add_batch(commands: Any) -> None:
         help="of --to webdataset and parquet (1000)",
     )
     command.add_argument(
-        "--sheets", type=int, default=1, help="contact sheets of 100 pictures (default 1, at most)"
+        "--sheets", type=int, default=1, help="contact sheets of 100 pictures, at most so many (default 1)"
     )
     command.add_argument(
         "--engine", default="local", choices=["local", "ray"], help="who draws (default local)"
