@@ -155,7 +155,9 @@ def read_parameters(path: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
         raise ValueError(
             f"{getattr(path, 'name', path)} is not a PNG or WebP: only those carry parameters"
         ) from error
-    except (Image.DecompressionBombError, SyntaxError) as error:
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        if getattr(error, "errno", None):
+            raise  # the disk's fault, not the picture's
         raise ValueError(f"this picture cannot be read safely ({error})") from error
     text = info.get(KEY)
     if isinstance(text, str) and len(text) <= MAX_TEXT:

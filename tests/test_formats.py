@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import random
 import re
 import xml.etree.ElementTree as ET
 
@@ -36,6 +38,7 @@ def rendered(svg: bytes, width: int | None = None) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("name", ["png", "webp"])
 def test_pixels_and_parameters_come_back(name):
     image = ring()
@@ -46,6 +49,14 @@ def test_pixels_and_parameters_come_back(name):
     assert Finish(name).encode(image, PARAMETERS) == data
     bare = Finish(name).encode(image)
     assert read_parameters(io.BytesIO(bare)) == {} and b"red" not in bare and b"xmp" not in bare.lower()
+    dice = random.Random(0)
+    for _ in range(200):  # damaged ones are read or refused, never a crash
+        damaged = bytearray(data)
+        damaged[dice.randrange(len(data))] = dice.randrange(256)
+        with contextlib.suppress(ValueError):
+            assert set(read_parameters(io.BytesIO(damaged))) <= set(PARAMETERS)
+    with pytest.raises(FileNotFoundError):
+        read_parameters("no-such-file.png")
     with pytest.raises(ValueError, match="unknown picture parameter"):
         Finish(name).encode(image, {"camera": "x"})
 
