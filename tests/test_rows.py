@@ -205,6 +205,8 @@ def test_a_matrix_is_every_combination(words):
 def test_a_matrix_is_capped_before_it_is_made():
     many = "{" + "|".join(map(str, range(200))) + "}"
     good, bad, good_too = jobs(["fish", many * 9, "cat"])
+    (nested,) = jobs(["{a|{b|c}}"])
+    assert "braces inside braces" in nested.error
     assert "makes 512,000,000,000,000,000,000 prompts: at most 10,000" in bad.error
     assert good.error is good_too.error is None
     assert len(Rows([many + "{a|b}"])) == 400

@@ -23,6 +23,7 @@ FLAGS = {
     "n": "negative_prompt",
 }
 _BRACES = re.compile(r"(?<!\\)\{([^{}]*)\}")
+_NESTED = re.compile(r"(?<!\\)\{[^{}]*(?<!\\)\{[^{}]*\}")
 _WILDCARD = re.compile(r"(?<!\\)__([A-Za-z0-9]+(?:[_/-][A-Za-z0-9]+)*)__")
 
 
@@ -74,10 +75,14 @@ class Wildcards:
     def expand(self, prompt: str) -> Iterator[str]:
         """Every prompt of a matrix, the last braces changing fastest; the prompt itself where there is none.
 
-        ValueError, before the first, when there are more than MAX_PROMPTS or a wildcard is not there.
+        ValueError, before the first, when there are more than MAX_PROMPTS, a wildcard is not there, or braces nest.
         """
         if "{" not in prompt or len(prompt) > PROMPT_LENGTH:  # too long a one is refused later, by name
             return iter([prompt])
+        if _NESTED.search(prompt):
+            raise ValueError(
+                "braces inside braces cannot be read: write all choices in one pair, or \\{ for a brace"
+            )
         pieces: list[list[str]] = []
         at = 0
         for match in _BRACES.finditer(prompt):
