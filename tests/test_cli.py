@@ -227,6 +227,7 @@ def test_every_help_has_examples(capsys):
         "finetune",
         "export",
         "plan",
+        "evaluate",
         "demo",
         "shards",
         "shards build",

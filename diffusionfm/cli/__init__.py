@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusionfm import __version__
-from diffusionfm.cli import batch, draw, shards, training
+from diffusionfm.cli import batch, draw, evaluate, shards, training
 from diffusionfm.cli.draw import output_files
 from diffusionfm.cli.parts import Parser
 
@@ -45,6 +45,7 @@ def build_parser() -> Parser:
     training.add_finetune(commands)
     training.add_export(commands)
     training.add_plan(commands)
+    evaluate.add_evaluate(commands)
     draw.add_demo(commands)
     shards.add_shards(commands)
     return parser
