@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusionfm import __version__
-from diffusionfm.cli import draw, shards, training
+from diffusionfm.cli import draw, serve, shards, training
 from diffusionfm.cli.draw import output_files
 from diffusionfm.cli.parts import Parser
 
@@ -45,5 +45,6 @@ def build_parser() -> Parser:
     training.add_finetune(commands)
     training.add_plan(commands)
     draw.add_demo(commands)
+    serve.add_serve(commands)
     shards.add_shards(commands)
     return parser
