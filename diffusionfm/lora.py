@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,6 @@ def add_lora(network: Any, folder: Path, scale: float, taken: set[str]) -> str:
             module.set_scale(name, scale)
             module.set_adapter([*taken, name], inference_mode=True)
     return name
-
-
-def use_loras(network: Any, scales: Mapping[str, float]) -> None:
-    """Put the adapters named in `scales`, of those that `add_lora` injected, to work; the others rest."""
-    for module in network.modules():
-        here = [name for name in scales if name in getattr(module, "scaling", {})]
-        if hasattr(module, "set_scale"):
-            for name in here:
-                module.set_scale(name, scales[name])
-            module.set_adapter(here, inference_mode=True)
 
 
 def check_lora(folder: Path, scale: float = 1.0) -> None:

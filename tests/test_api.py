@@ -41,8 +41,10 @@ APPLE = {"prompt": "a red apple"}
 class Running:
     """A server in a thread of this process, its engine, and a client."""
 
-    def __init__(self, model, limits=None, keys=(), log_prompts=False, per_minute=6000):
+    def __init__(self, model, limits=None, keys=(), log_prompts=False, per_minute=6000, loras=()):
         self.pipe = DiffusionFMPipeline.from_pretrained(model)
+        for folder, scale in loras:
+            self.pipe.load_lora(folder, scale)
         self.engine = Engine(self.pipe, limits)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
@@ -333,8 +335,7 @@ def test_a_lora_is_asked_for_by_its_name(api, tiny_model, tmp_path, fresh):
     from test_engine import write_lora
 
     folder = write_lora(tiny_model, tmp_path / "my-style", seed=0)
-    running = fresh()
-    running.pipe.load_lora(folder, 0.5)
+    running = fresh(loras=[(folder, 0.5)])
     body = APPLE | {"seed": 1}
     plain, half, more = (running.draw(**body, lora=lora) for lora in (None, "my-style", ["my-style:1.5"]))
     assert picture(plain.json()["data"][0]).tobytes() == picture(api.draw(**body).json()["data"][0]).tobytes()

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
-from diffusionfm.lora import use_loras
 from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, Task, plan_tasks
 from diffusionfm.serve.turns import Turns
+from diffusionfm.serve.wardrobe import Loras, Wardrobe
 
 LOG = logging.getLogger("diffusionfm.serve")
 FAILURES = (
@@ -40,9 +40,7 @@ FAILURES = (
 )
 """What drawing may raise: it fails the pictures it concerns, and the worker goes on."""
 WORK = {"cpu": 2**26, "mps": 2**28, "cuda": 2**30}
-MAX_SCALE = 4.0
 
-Loras = tuple[tuple[str, float], ...]
 Group = tuple[int, int, Loras]  # what pictures of one network call have in common: height, width, LoRAs
 
 
@@ -150,6 +148,7 @@ class Engine:
         self.pipe = pipe
         self.limits = limits or Limits()
         self.counts = Counts()
+        self.wardrobe = Wardrobe(pipe)
         self._cap = self.limits.batch or BATCH_SIZE.get(pipe.device.type, 8)
         self._most_work = self.limits.work or WORK.get(pipe.device.type, 2**26)
         self._jobs: list[Job] = []  # in order of arrival, until settled
@@ -160,7 +159,6 @@ class Engine:
         self._served: dict[Group, int] = {}  # the number of the last call of each group there is
         self._fields: dict[Group, tuple[list[Picture], flow.VelocityFn]] = {}
         self._words: dict[Loras, dict[str, Tensor]] = {}
-        self._worn: Loras | None = None
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
@@ -236,11 +234,7 @@ class Engine:
         most = min(self.limits.client, self.limits.queue)
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
-        for name, scale in request.loras:
-            if name not in self.pipe.loras:
-                raise ValueError(f"no LoRA {name!r} here: {', '.join(self.pipe.loras) or 'there is none'}")
-            if not abs(scale) <= MAX_SCALE:
-                raise ValueError(f"a LoRA's scale must be from -4 to 4, got {scale}")
+        self.wardrobe.check(request.loras)
         times = flow.grid(found["steps"], self.pipe.defaults["shift"])
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step)
@@ -361,9 +355,7 @@ class Engine:
     def _field(self, batch: list[Picture]) -> flow.VelocityFn:
         """The velocity field of these pictures, made anew when one has joined or left."""
         height, width, loras = group = batch[0].job.group
-        if self._worn != loras:
-            use_loras(self.pipe.transformer, dict(loras))
-            self._worn = loras
+        self.wardrobe.wear(loras)
         known, field = self._fields.get(group, ([], None))
         if field is not None and known == batch:
             return field
