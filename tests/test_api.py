@@ -278,6 +278,14 @@ def test_what_is_no_json_object_is_refused(api, body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+def test_a_body_that_drips_is_not_waited_for(api, monkeypatch):
+    monkeypatch.setattr("diffusionfm.serve.api.BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", api.port)) as caller:
+        head = f"POST {DRAW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        caller.sendall(head.encode() + b"Content-Length: 9\r\n\r\n{")
+        assert caller.recv(65536).startswith(b"HTTP/1.1 408")
+
+
 def test_a_lone_surrogate_is_refused(api):
     answer = api.client.post(
         DRAW, content=b'{"prompt": "\\ud800"}', headers={"Content-Type": "application/json"}
@@ -541,10 +549,11 @@ def test_the_command_serves_and_ends_when_told(tiny_model):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"DIFFUSIONFM_API_KEY": KEY},
+        env=os.environ | {"DIFFUSIONFM_API_KEY": KEY, "UVICORN_HOST": "0.0.0.0", "HOST": "0.0.0.0"},
     )
     assert process.stdout is not None
     url = process.stdout.readline().split()[2].removesuffix("/v1")
+    assert url.startswith("http://127.0.0.1:")
     client = httpx.Client(
         base_url=url, timeout=60, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}
     )

@@ -311,14 +311,32 @@ def test_requests_with_other_loras_take_calls_in_turn(tiny_model, tiny_pipe, tmp
     assert len({image.tobytes() for image in expected}) == 4
 
 
-def write_lora(model, folder, seed):
+def test_a_dora_leaves_the_layer_s_own_magnitudes_behind(tiny_model, tiny_pipe, tmp_path):
+    folder = write_lora(tiny_model, tmp_path / "dora", 3, use_dora=True)
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    pipe.load_lora(folder)
+    expected = pipe("a red apple", seed=1).images[0]
+    bare = tiny_pipe("a red apple", seed=1).images[0]
+    with Engine(pipe) as engine:
+        for loras, image in (((), bare), ((("dora", 1.0),), expected), ((("dora", 0.0),), bare)):
+            drawn = engine.submit(Request("a red apple", seed=1, loras=loras)).result(60)
+            assert near(drawn.images[0], image)
+    assert not near(bare, expected)
+
+
+def write_lora(model, folder, seed, **options):
     """A LoRA of random weights for the tiny pipeline, as finetune writes one."""
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["qkv", "text_kv"], init_lora_weights=False)
+    config = LoraConfig(
+        r=2, lora_alpha=2, target_modules=["qkv", "text_kv"], init_lora_weights=False, **options
+    )
     network = inject_adapter_in_model(config, DiffusionFMPipeline.from_pretrained(model).transformer)
+    for name, parameter in network.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
     config.save_pretrained(folder)
     weights = get_peft_model_state_dict(network)
     save_file(
