@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from diffusionfm.pipeline import Cancelled
-from diffusionfm.serve.engine import Request
+from diffusionfm.serve.jobs import Request
 
 from . import cards
 from .controls import Controls, lay_out

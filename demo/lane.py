@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from diffusionfm.pipeline import Cancelled
-from diffusionfm.serve.engine import Closed, Engine, QueueFull, Request
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Closed, QueueFull, Request
 
 PREVIEWS = 7
 """How many previews a drawing shows, whatever its number of steps."""

@@ -6,7 +6,7 @@ from diffusionfm import __version__
 from diffusionfm.images import encode_png
 from diffusionfm.phrasing import in_style, on_background
 from diffusionfm.pipeline import DiffusionFMPipeline, Pictures
-from diffusionfm.serve.engine import Request
+from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1
 """The largest seed a browser's numbers hold exactly."""

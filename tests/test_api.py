@@ -29,7 +29,8 @@ from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.access import Access, Rate, read_keys
 from diffusionfm.serve.api import MAX_BODY, Service
-from diffusionfm.serve.engine import Engine, Limits, Request
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Limits, Request
 from diffusionfm.serve.logs import JsonLines
 from diffusionfm.serve.server import Server, listen
 

@@ -24,7 +24,8 @@ from demo.lane import PREVIEWS, Lane, Step
 from diffusionfm.colors import COLORS
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import Cancelled
-from diffusionfm.serve.engine import Engine, Request
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
 
 
 def free_port() -> int:

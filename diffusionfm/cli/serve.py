@@ -26,7 +26,8 @@ def serve(args: argparse.Namespace) -> int:
     access = Access(
         read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE)), args.host, args.requests_per_minute
     )
-    from diffusionfm.serve.engine import Engine, Limits
+    from diffusionfm.serve.engine import Engine
+    from diffusionfm.serve.jobs import Limits
 
     limits = Limits(args.batch_size, args.queue, max(1, args.queue // 2), args.max_work)
     from diffusionfm.serve.server import listen

@@ -25,8 +25,9 @@ from diffusionfm import __version__
 from diffusionfm.images import encode_png
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.access import Access
-from diffusionfm.serve.engine import FAILURES, Closed, Engine, QueueFull
-from diffusionfm.serve.logs import LOG, say
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Closed, QueueFull
+from diffusionfm.serve.logs import say
 from diffusionfm.serve.metrics import Metrics
 from diffusionfm.serve.params import Asked, parse
 from diffusionfm.serve.refusal import Refusal
@@ -135,14 +136,12 @@ class Service:
         try:
             either: set[asyncio.Future[Any]] = {future, gone}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return future.result() if future.done() else None
-        except Closed as error:
-            raise Refusal(503, str(error), retry_after=5) from error
-        except FloatingPointError as error:
-            raise Refusal(500, str(error)) from error
-        except FAILURES as error:
-            LOG.error("drawing failed", exc_info=error)
-            raise Refusal(500, "drawing failed: the server's log says why") from error
+            if not future.done():
+                return None
+            failure = future.exception()
+            if failure is not None:
+                raise _no_pictures(failure) from failure
+            return future.result()
         finally:
             gone.cancel()
             future.cancel()
@@ -185,6 +184,14 @@ class Service:
             "defaults": {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")},
             "loras": list(pipe.loras),
         }
+
+
+def _no_pictures(error: BaseException) -> Refusal:
+    """What to tell about drawing that failed: no internals, those are in the log."""
+    if isinstance(error, Closed):
+        return Refusal(503, str(error), retry_after=5)
+    overflow = isinstance(error, FloatingPointError)
+    return Refusal(500, str(error) if overflow else "drawing failed: the server's log says why")
 
 
 def build_app(service: Service) -> Starlette:

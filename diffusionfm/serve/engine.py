@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,119 +21,13 @@ from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
-from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, Task, plan_tasks
+from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
+from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe
 
 LOG = logging.getLogger("diffusionfm.serve")
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What drawing may raise: it fails the pictures it concerns, and the worker goes on."""
 WORK = {"cpu": 2**26, "mps": 2**28, "cuda": 2**30}
-
-Group = tuple[int, int, Loras]  # what pictures of one network call have in common: height, width, LoRAs
-
-
-class QueueFull(Exception):
-    """There is no room for these pictures now; `retry_after` seconds may change that."""
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Closed(Exception):
-    """The engine takes no more requests, or was stopped before it had drawn this one."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much the engine takes on.
-
-    batch: pictures in a network call. queue: unfinished pictures at most. client: those of one client at most.
-    work: pixels x steps x pictures of a request at most. None is what suits the device.
-    """
-
-    batch: int | None = None
-    queue: int = 128
-    client: int = 64
-    work: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "queue", "client", "work"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"the limit {name} must be 1 or more, got {value}")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw: `DiffusionFMPipeline.__call__` says what the fields mean; None takes the model's own."""
-
-    prompt: str
-    negative_prompt: str = ""
-    num_images: int = 1
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    loras: Loras = ()
-
-
-@dataclass
-class Counts:
-    """What the engine has done since it began."""
-
-    calls: int = 0
-    steps: int = 0  # of pictures: a call with 8 pictures is 8
-    pictures: int = 0
-    failed: int = 0
-    cancelled: int = 0
-
-
-@dataclass(eq=False)
-class Picture:
-    """A picture on its path from noise: x at times[step], and the velocity that led there."""
-
-    job: Job
-    task: Task
-    turn: float
-    step: int = 0
-    x: Tensor | None = None
-    v: Tensor | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.job.steps
-
-
-@dataclass(eq=False)
-class Job:
-    """A request under way, and the future that its pictures will settle."""
-
-    client: str
-    guidance: float
-    times: Tensor
-    group: Group
-    on_step: OnStep | None
-    future: Future[Pictures] = field(default_factory=Future)
-    pictures: list[Picture] = field(default_factory=list)
-    warnings: list[str] | None = None
-    reported: int = 0
-
-    @property
-    def steps(self) -> int:
-        return len(self.times) - 1
 
 
 class Engine:
@@ -266,7 +159,7 @@ class Engine:
         finally:  # even after a bug nobody waits for ever
             with self._changed:
                 self._closing = True
-                left = [job for job in self._jobs if not _at_its_end(job)]
+                left = [job for job in self._jobs if not job.done]
             for job in left:
                 self._fail(job, Closed("the server stopped before these pictures were drawn"))
 
@@ -316,27 +209,29 @@ class Engine:
     def _step(self, batch: list[Picture]) -> None:
         """One network call. If it fails, halves of it are tried, so that only the cause of it fails."""
         began = time.monotonic()
-        try:
+        with Attempt() as attempt:
             self._advance(batch)
-        except FAILURES as error:
-            self._fields.pop(batch[0].job.group, None)
-            if len(batch) == 1:
-                LOG.exception("a picture failed")
-                return self._fail(batch[0].job, error)
-            half = len(batch) // 2
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                self._cap = half
-                LOG.warning("out of memory: %d pictures in a call from now on", half)
-            for part in (batch[:half], batch[half:]):
-                if still := [picture for picture in part if not picture.job.future.done()]:
-                    self._step(still)
-            return
+        if attempt.error is not None:
+            return self._step_apart(batch, attempt.error)
         self.counts.calls += 1
         self.counts.steps += len(batch)
         pace = (time.monotonic() - began) / len(batch)
         self._pace = 0.9 * self._pace + 0.1 * pace if self._pace else pace
         for job in dict.fromkeys(picture.job for picture in batch):
             self._report(job)
+
+    def _step_apart(self, batch: list[Picture], error: Exception) -> None:
+        """After a call that failed: its halves, and in the end the picture that is the cause."""
+        self._fields.pop(batch[0].job.group, None)
+        if len(batch) == 1:
+            return self._fail(batch[0].job, error)
+        half = len(batch) // 2
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self._cap = half
+            LOG.warning("out of memory: %d pictures in a call from now on", half)
+        for part in (batch[:half], batch[half:]):
+            if still := [picture for picture in part if not picture.job.future.done()]:
+                self._step(still)
 
     def _advance(self, batch: list[Picture]) -> None:
         """Move each picture a step along its path."""
@@ -377,12 +272,12 @@ class Engine:
         step = sum(picture.step for picture in job.pictures) // len(job.pictures)
         if job.on_step is not None and step > job.reported and not job.future.done():
             job.reported = step
-            try:
+            with Attempt() as attempt:
                 if job.on_step(step, job.steps, _preview(self.pipe, job)):
                     job.future.cancel()
-            except FAILURES as error:
-                self._fail(job, error)
-        if _at_its_end(job) and not job.future.done():
+            if attempt.error is not None:
+                self._fail(job, attempt.error)
+        if job.done and not job.future.done():
             latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
             drawn = self._decoder.submit(_finish, self.pipe, latents)
             drawn.add_done_callback(partial(self._deliver, job))
@@ -399,6 +294,7 @@ class Engine:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._settle(job, "failed"):
+            LOG.error("drawing failed", exc_info=error)
             job.future.set_exception(error)
 
     def _settle(self, job: Job, how: str) -> bool:
@@ -420,10 +316,6 @@ class Engine:
 
 
 # ------------------------------------------------------------------ parts of it
-
-
-def _at_its_end(job: Job) -> bool:
-    return all(picture.done for picture in job.pictures)
 
 
 @torch.inference_mode()

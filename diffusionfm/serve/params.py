@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusionfm.checks import check_prompt, check_seed, check_settings
 from diffusionfm.pipeline import DiffusionFMPipeline
-from diffusionfm.serve.engine import Request
+from diffusionfm.serve.jobs import Request
 from diffusionfm.serve.refusal import Refusal
 from diffusionfm.serve.wardrobe import Loras
 

@@ -39,7 +39,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from diffusionfm.pipeline import DiffusionFMPipeline
-from diffusionfm.serve.engine import Engine, Request
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 THINGS = (
