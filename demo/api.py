@@ -5,8 +5,8 @@ from __future__ import annotations
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
-from .lane import Lane
-from .request import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, encode, settings
+from .lane import AT_ONCE, REFUSED, Lane, owner_of
+from .request import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for, encode
 
 
 def generate_endpoint(lane: Lane) -> None:
@@ -26,21 +26,32 @@ def generate_endpoint(lane: Lane) -> None:
         button = gr.Button()
 
     def generate(
-        prompt: str, negative_prompt: str, seed: int, steps: int, guidance: float, count: int
+        prompt: str,
+        negative_prompt: str,
+        seed: int,
+        steps: int,
+        guidance: float,
+        count: int,
+        request: gr.Request,
     ) -> tuple[list[tuple[str, str]], list[int]]:
         """Draw a prompt: PNG files, picture k with seed + k and its parameters inside, and their seeds."""
-        asked = settings(negative_prompt, seed, steps, guidance, count)
+        asked = asked_for(prompt, negative_prompt, seed, steps, guidance, count)
         try:
-            result = lane.result(prompt, **asked)
-        except ValueError as error:
+            result = lane.result(owner_of(request), asked)
+        except REFUSED as error:
             raise gr.Error(str(error)) from error
         files = []
-        for data, number in zip(encode(lane.pipe, prompt, asked, result), result.seeds, strict=True):
+        for data, number in zip(encode(lane.pipe, asked, result), result.seeds, strict=True):
             path = save_bytes_to_cache(data, f"{number}.png", pictures.GRADIO_CACHE)
             pictures.temp_files.add(path)
             files.append((path, f"seed {number}"))
         return files, result.seeds
 
     button.click(
-        generate, inputs, [pictures, seeds], api_name="generate", concurrency_id="lane", concurrency_limit=1
+        generate,
+        inputs,
+        [pictures, seeds],
+        api_name="generate",
+        concurrency_id="lane",
+        concurrency_limit=AT_ONCE,
     )

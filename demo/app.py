@@ -8,6 +8,10 @@ from typing import Any
 
 import gradio as gr
 
+from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.serve.api import Service
+from diffusionfm.serve.engine import Engine
+
 from . import cards
 from .api import generate_endpoint
 from .create import create
@@ -39,9 +43,9 @@ LAUNCH: dict[str, Any] = {
 """Where the studio is served and what it hands out, stated in full: nothing is left to Gradio's defaults."""
 
 
-def build(pipe: Any) -> gr.Blocks:
-    """The page around a pipeline. Serve it with `launch`."""
-    lane = Lane(pipe)
+def build(engine: Engine) -> gr.Blocks:
+    """The page around an engine. Serve it with `launch`."""
+    lane, pipe = Lane(engine), engine.pipe
     size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
         gr.HTML(cards.header(NAME, [f"model {pipe.model_name}", size, "transparent"]), elem_id="mast")
@@ -55,8 +59,8 @@ def build(pipe: Any) -> gr.Blocks:
     return studio.queue(max_size=64, default_concurrency_limit=4, api_open=True)
 
 
-def launch(studio: gr.Blocks, port: int, inbrowser: bool = False) -> None:
-    """Serve the page on 127.0.0.1 from a thread, dressed and locked down.
+def launch(studio: gr.Blocks, engine: Engine, port: int, inbrowser: bool = False) -> None:
+    """Serve the page, and the API beside it, on 127.0.0.1 from a thread, dressed and locked down.
 
     Gradio lets GRADIO_* variables stand in for arguments, even for an empty `allowed_paths`: here they
     have no say.
@@ -65,7 +69,14 @@ def launch(studio: gr.Blocks, port: int, inbrowser: bool = False) -> None:
         del os.environ[name]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     looks: dict[str, Any] = {"theme": theme(), "css": css(), "head": HEAD}
-    studio.launch(server_port=port or None, inbrowser=inbrowser, prevent_thread_lock=True, **looks, **LAUNCH)
+    studio.launch(
+        server_port=port or None,
+        inbrowser=inbrowser,
+        prevent_thread_lock=True,
+        app_kwargs={"routes": Service(engine).routes()},
+        **looks,
+        **LAUNCH,
+    )
 
 
 def main(
@@ -77,16 +88,16 @@ def main(
     """
     if not 0 <= port < 65536:
         raise ValueError(f"port must be from 1 to 65535, or 0 for the next free one from 7860, got {port}")
-    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
-
-    pipe = DiffusionFMPipeline.from_pretrained(model, device=pick_device(device))
-    studio = build(pipe)
+    engine = Engine(DiffusionFMPipeline.from_pretrained(model, device=pick_device(device)))
+    studio = build(engine)
     try:
-        launch(studio, port, inbrowser=open_browser)
+        launch(studio, engine, port, inbrowser=open_browser)
+        print(f"{NAME}: {studio.local_url}  API: {studio.local_url}v1  (Ctrl+C stops it)", flush=True)
+        studio.block_thread()
     except OSError as error:
         raise ValueError(f"port {port} is taken: choose another with --port") from error
-    print(f"{NAME}: {studio.local_url}  (Ctrl+C stops it)", flush=True)
-    studio.block_thread()
+    finally:
+        engine.close(timeout=0)
 
 
 if __name__ == "__main__":

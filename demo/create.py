@@ -8,10 +8,13 @@ from typing import Any
 
 import gradio as gr
 
+from diffusionfm.pipeline import Cancelled
+from diffusionfm.serve.jobs import Request
+
 from . import cards
 from .controls import Controls, lay_out
-from .lane import Lane, Step, owner_of
-from .request import AS_WRITTEN, NOTHING, compose, encode, seeds_in_words, settings
+from .lane import AT_ONCE, REFUSED, Lane, Step, owner_of
+from .request import AS_WRITTEN, NOTHING, asked_for, compose, encode, seeds_in_words
 
 Update = dict[Any, Any]
 """New values by component."""
@@ -39,7 +42,7 @@ def create(lane: Lane) -> None:
         show_progress="hidden",
         api_visibility="private",
         concurrency_id="lane",
-        concurrency_limit=1,
+        concurrency_limit=AT_ONCE,
         scroll_to_output=True,
     ).failure(tab.fail, None, seen, **quiet)
     at.cancel.click(tab.cancel, None, [at.status, at.cancel], **quiet)
@@ -66,17 +69,17 @@ class Tab:
     def begin(
         self, prompt: str | None, seed: int | None, fresh: bool, count: int, request: gr.Request
     ) -> Update:
-        """The click: blank frames, a place in the lane, a seed. Runs at once, whoever is drawing."""
+        """The click: blank frames, a place in the lane, a seed."""
         if not (prompt or "").strip():
             raise gr.Error(
                 "Type a prompt first: a red apple, for one.", title="Nothing to draw yet", duration=6
             )
-        ahead = self.lane.enter(owner_of(request))
-        waiting = f"Waiting: {ahead} drawing{'s' * (ahead > 1)} before yours." if ahead else ""
+        others = self.lane.enter(owner_of(request))
+        company = f"Drawing beside {others} other{'s' * (others > 1)}." if others else ""
         return {
             self.at.stage: cards.drawing([], count),
-            self.at.status: cards.note(waiting) or cards.progress(0, 1, None),
-            self.at.said: waiting or "Drawing.",
+            self.at.status: cards.note(company) or cards.progress(0, 1, None),
+            self.at.said: company or "Drawing.",
             self.at.seed: roll() if fresh or seed is None else seed,
             self.at.generate: gr.Button(interactive=False),
             self.at.cancel: gr.Button(interactive=True),
@@ -95,19 +98,16 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[Update]:
         """The drawing: progress at every step, previews now and then, the pictures at last."""
-        from diffusionfm.pipeline import Cancelled
-
-        words = compose(prompt, style, background)
-        asked = settings(negative, seed, steps, guidance, count)
+        asked = asked_for(compose(prompt, style, background), negative, seed, steps, guidance, count)
         try:
-            for event in self.lane.draw(owner_of(request), words, **asked):
+            for event in self.lane.draw(owner_of(request), asked):
                 if isinstance(event, Step):
                     yield self._progress(event, count)
                 else:
-                    yield self._finished(words, asked, event)
+                    yield self._finished(asked, event)
         except Cancelled:
             yield self.clear() | {self.at.status: cards.note("Cancelled."), self.at.said: "Cancelled."}
-        except ValueError as error:
+        except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
 
     def clear(self) -> Update:
@@ -144,8 +144,8 @@ class Tab:
         line = {self.at.status: cards.progress(event.step, event.total, event.seconds_left)}
         return line | ({self.at.stage: cards.drawing(event.previews, count)} if event.previews else {})
 
-    def _finished(self, words: str, asked: dict[str, Any], result: Any) -> Update:
-        files = encode(self.lane.pipe, words, asked, result)
+    def _finished(self, asked: Request, result: Any) -> Update:
+        files, words = encode(self.lane.pipe, asked, result), asked.prompt
         warning = " ".join(result.warnings)
         told = f"{words} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(files) == 1 else f"{len(files)} pictures"

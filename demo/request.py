@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusionfm import __version__
 from diffusionfm.images import encode_png
 from diffusionfm.phrasing import in_style, on_background
+from diffusionfm.pipeline import DiffusionFMPipeline, Pictures
+from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1
 """The largest seed a browser's numbers hold exactly."""
@@ -44,24 +44,27 @@ def compose(prompt: str, style: str = AS_WRITTEN, background: str = NOTHING) -> 
     return words
 
 
-def settings(negative: str | None, seed: int, steps: int, guidance: float, count: int) -> dict[str, Any]:
-    """The pipeline's keyword arguments."""
-    return {
-        "negative_prompt": (negative or "").strip() or None,
-        "num_images": int(count),
-        "seed": int(seed),
-        "num_inference_steps": int(steps),
-        "guidance_scale": float(guidance),
-    }
+def asked_for(
+    prompt: str, negative: str | None, seed: int, steps: int, guidance: float, count: int
+) -> Request:
+    """What the controls ask for."""
+    return Request(
+        prompt,
+        (negative or "").strip(),
+        num_images=int(count),
+        seed=int(seed),
+        steps=int(steps),
+        guidance=float(guidance),
+    )
 
 
-def encode(pipe: Any, prompt: str, asked: dict[str, Any], pictures: Any) -> list[bytes]:
+def encode(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[bytes]:
     """The result's pictures as PNG files, alpha kept, each with all it takes to draw it again."""
     common = {
-        "prompt": prompt,
-        "negative_prompt": asked["negative_prompt"] or "",
-        "steps": asked["num_inference_steps"],
-        "guidance": asked["guidance_scale"],
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt,
+        "steps": asked.steps,
+        "guidance": asked.guidance,
         "model": pipe.model_name,
         "version": __version__,
     }

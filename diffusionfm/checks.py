@@ -86,6 +86,8 @@ def check_prompt(prompt: Any, name: str = "prompt") -> str:
         raise ValueError("the prompt is empty: say what to draw")
     if len(prompt) > PROMPT_LENGTH:
         raise ValueError(f"{name} has {len(prompt):,} characters: shorten it to {PROMPT_LENGTH:,} or fewer")
+    if "\0" in prompt:
+        raise ValueError(f"{name} holds a NUL character, which no text has: remove it")
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise ValueError(f"{name} is not valid Unicode (a lone surrogate): save the text as UTF-8")
     return prompt

@@ -4,7 +4,8 @@ One convention everywhere: t in [0, 1] and 1 is noise,
 
     x_t = (1 - t) x0 + t e,    v = dx_t / dt = e - x0    (arXiv:2210.02747, arXiv:2209.03003)
 
-Everything here is a pure function. b is the batch; a time is (b,) in training, a scalar tensor in sampling.
+Everything here is a pure function. b is the batch; a time is (b,) in training, a scalar tensor in sampling, or (b,)
+where pictures at different times share a call.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v, t a scalar tensor
+VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 OnStep = Callable[[int, int, Tensor, Tensor], object]  # (step, total, x, v), after the step along v to x
 
 
@@ -97,9 +98,12 @@ def grid(steps: int, shift: float = 1.0) -> Tensor:
 # ---- guidance --------------------------------------------------------------------------------------------
 
 
-def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, uncond + scale (cond - uncond): 1 is cond, 0 is uncond (arXiv:2207.12598)."""
-    return torch.lerp(uncond, cond, scale)
+def guided(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance, uncond + scale (cond - uncond): 1 is cond, 0 is uncond (arXiv:2207.12598).
+
+    scale: one for all, or (b,) beside cond and uncond (b, ...).
+    """
+    return torch.lerp(uncond, cond, _beside(scale, cond) if isinstance(scale, Tensor) else scale)
 
 
 def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> float:
@@ -111,6 +115,11 @@ def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] =
 # ---- samplers --------------------------------------------------------------------------------------------
 
 
+def advance(x: Tensor, v: Tensor, t: Tensor, until: Tensor) -> Tensor:
+    """x (b, ...) moved along v from time t to time `until`, each scalar or (b,)."""
+    return x + _beside(until - t, x) * v
+
+
 def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Integrate dx/dt = v from times[0] to times[-1], one evaluation a step.
 
@@ -120,7 +129,7 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | N
     total = len(times) - 1
     for i in range(total):
         v = velocity_fn(x, times[i])
-        x = x + (times[i + 1] - times[i]) * v
+        x = advance(x, v, times[i], times[i + 1])
         if on_step is not None:
             on_step(i + 1, total, x, v)
     return x

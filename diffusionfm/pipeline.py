@@ -64,7 +64,7 @@ class Pictures:
 
 
 @dataclass
-class _Task:
+class Task:
     """One picture to draw."""
 
     prompt: str
@@ -189,31 +189,38 @@ class DiffusionFMPipeline(DiffusionPipeline):
         Raises ValueError, before any work, for what cannot
         be drawn, and FloatingPointError when the model's numbers overflow.
         """
-        chosen = {
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "height": height,
-            "width": width,
-        }
-        settings: dict[str, Any] = {k: self.defaults[k] if v is None else v for k, v in chosen.items()}
-        check_settings(**settings, num_images=num_images)
+        settings = self.settings(num_inference_steps, guidance_scale, height, width)
+        check_settings(num_images=num_images)
         check_settings(num_images=batch_size)
-        unit = self.vae.downsample
-        if settings["height"] % unit or settings["width"] % unit:
-            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
         tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
-        result = Pictures(seeds=[task.seed for task in tasks], warnings=self._truncations(tasks))
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.truncations(tasks))
         words = {} if words is None else words
         for number, group in enumerate(groups):
             hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
             result.images += self._draw(group, words, hook, **settings)
         return result
 
+    def settings(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, Any]:
+        """Steps, guidance, height and width, `defaults` for None; ValueError for what cannot be drawn."""
+        chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+        settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
+        check_settings(**settings)
+        unit = self.vae.downsample
+        if settings["height"] % unit or settings["width"] % unit:
+            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
+        return settings
+
     def _draw(
         self,
-        tasks: list[_Task],
+        tasks: list[Task],
         words: dict[str, Tensor],
         hook: _Progress,
         *,
@@ -222,15 +229,10 @@ class DiffusionFMPipeline(DiffusionPipeline):
         height: int,
         width: int,
     ) -> list[Image.Image]:
-        velocity = self._velocity(tasks, words, float(guidance))
+        velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
         times = flow.grid(steps, self.defaults["shift"])
         x = self.noise([task.seed for task in tasks], height, width).to(self.device)
-        x = flow.euler(velocity, x, times, on_step=hook.bind(times))
-        if not bool(torch.isfinite(x).all()):
-            raise FloatingPointError(
-                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
-            )
-        return self.decode(x)
+        return self.finish(flow.euler(velocity, x, times, on_step=hook.bind(times)))
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
@@ -239,30 +241,52 @@ class DiffusionFMPipeline(DiffusionPipeline):
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
 
+    def finish(self, latents: Tensor) -> list[Image.Image]:
+        """Latents at the end of their path to pictures; FloatingPointError where the numbers overflowed."""
+        if not bool(torch.isfinite(latents).all()):
+            raise FloatingPointError(
+                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
+            )
+        return self.decode(latents)
+
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
         pixels = self.vae.decode(latents.to(self.vae.dtype)).float()
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(picture, "RGBA") for picture in pixels]
 
-    def _velocity(self, tasks: list[_Task], words: dict[str, Tensor], scale: float) -> flow.VelocityFn:
-        """The guided velocity field of these pictures, (b, c, y, x) and t -> (b, c, y, x), float32."""
-        prompts = [task.prompt for task in tasks] if scale != 0 else []
-        if scale != 1:
-            prompts = prompts + [task.negative for task in tasks]
-        text, mask = self._encode(prompts, words)
+    def velocity(
+        self, tasks: Sequence[Task], scales: Sequence[float], words: dict[str, Tensor]
+    ) -> flow.VelocityFn:
+        """The guided velocity field of these pictures: x (b, c, y, x) and t, scalar or (b,) -> v as x, float32.
+
+        scales: the guidance of each. words: features by prompt, filled as prompts are met. One network call holds
+        the rows with the prompt, then those with the negative; guidance 1 does without the latter, 0 without the
+        former. What attention reads of a prompt is computed once here, however many rows have it.
+        """
+        cond = [k for k, scale in enumerate(scales) if scale != 0]
+        uncond = [k for k, scale in enumerate(scales) if scale != 1]
+        prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
+        once = list(dict.fromkeys(prompts))
+        text, mask = self._encode(once, words)
+        rows = torch.tensor([once.index(prompt) for prompt in prompts], device=text.device)
         network, dtype = self.transformer, self.transformer.dtype
         read = getattr(network, "text_keys_values", None)
-        known = {} if read is None else {"text_kv": read(text)}
-        copies = len(prompts) // len(tasks)
+        known = {} if read is None else {"text_kv": [(k[rows], v[rows]) for k, v in read(text)]}
+        text, mask = text[rows], mask[rows]
+
+        pictures = torch.tensor(cond + uncond, device=text.device)
+        at = {k: row for row, k in enumerate(cond)}, {k: len(cond) + row for row, k in enumerate(uncond)}
+        with_prompt, without = (
+            torch.tensor([one[k] if k in one else other[k] for k in range(len(tasks))], device=text.device)
+            for one, other in (at, at[::-1])
+        )
+        scale = torch.tensor(scales, device=text.device)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            t = t.to(x.device, torch.float32).expand(len(prompts))
-            v = network(x.to(dtype).repeat(copies, 1, 1, 1), t, text, mask, **known).float()
-            if copies == 1:
-                return v
-            cond, uncond = v.chunk(2)
-            return flow.guided(cond, uncond, scale)
+            t = t.to(x.device, torch.float32).expand(len(tasks))[pictures]
+            v = network(x.to(dtype)[pictures], t, text, mask, **known).float()
+            return flow.guided(v[with_prompt], v[without], scale)
 
         return velocity
 
@@ -277,7 +301,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
         return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
 
-    def _truncations(self, tasks: list[_Task]) -> list[str]:
+    def truncations(self, tasks: Sequence[Task]) -> list[str]:
+        """A warning for every prompt of which the text encoder reads but the beginning."""
         found = []
         for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
             lost = truncated_words(self.tokenizer, prompt)
@@ -322,7 +347,7 @@ def plan_tasks(
     negative: str | Sequence[str] | None,
     seed: int | Sequence[int],
     num_images: int,
-) -> list[_Task]:
+) -> list[Task]:
     """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
@@ -330,7 +355,7 @@ def plan_tasks(
     negatives = _each(negative or "", "negative prompts", len(prompts))
     seeds = _each(seed, "seeds", len(prompts))
     return [
-        _Task(
+        Task(
             check_prompt(words),
             check_prompt(avoid or "", "negative_prompt"),
             check_seed(start, num_images) + k,

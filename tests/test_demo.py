@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -22,6 +24,8 @@ from demo.lane import PREVIEWS, Lane, Step
 from diffusionfm.colors import COLORS
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import Cancelled
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
 
 
 def free_port() -> int:
@@ -38,10 +42,11 @@ def studio(tiny_pipe):
         patch.setenv("GRADIO_SHARE", "True")
         patch.setenv("GRADIO_ALLOWED_PATHS", "/")
         patch.setenv("GRADIO_MCP_SERVER", "True")
-        blocks = app.build(tiny_pipe)
-        app.launch(blocks, free_port())
-        yield blocks
-        blocks.close()
+        with Engine(tiny_pipe) as engine:
+            blocks = app.build(engine)
+            app.launch(blocks, engine, free_port())
+            yield blocks
+            blocks.close()
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +92,14 @@ def test_progress_says_step_and_time():
 # ------------------------------------------------------------------ lane
 
 
-def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(tiny_pipe):
-    *steps, result = Lane(tiny_pipe).draw("me", "a red apple", seed=5, num_images=2, num_inference_steps=20)
+@pytest.fixture
+def lane(tiny_pipe):
+    with Engine(tiny_pipe) as engine:
+        yield Lane(engine)
+
+
+def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(lane, tiny_pipe):
+    *steps, result = lane.draw("me", Request("a red apple", seed=5, num_images=2, steps=20))
     assert [event.step for event in steps] == list(range(1, 21))
     shown = [event.previews for event in steps if event.previews]
     assert PREVIEWS - 2 <= len(shown) <= PREVIEWS + 3 and all(len(pictures) == 2 for pictures in shown)
@@ -96,26 +107,26 @@ def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(tiny_pip
     assert [i.tobytes() for i in result.images] == [i.tobytes() for i in expected.images]
 
 
-def test_cancel_stops_within_a_step_and_frees_the_lane(tiny_pipe):
-    lane, seen = Lane(tiny_pipe), []
+def test_cancel_stops_within_a_step_and_frees_the_lane(lane):
+    seen = []
     with pytest.raises(Cancelled):
-        for event in lane.draw("me", "a red apple", num_inference_steps=500):
+        for event in lane.draw("me", Request("a red apple", steps=500)):
             seen.append(event.step)
             if event.step == 3:
                 assert lane.cancel("me")
                 assert not lane.cancel("somebody else")
     begun = time.monotonic()
-    *_, result = lane.draw("you", "a red apple", num_inference_steps=2)
+    *_, result = lane.draw("you", Request("a red apple", steps=2))
     assert len(result.images) == 1 and time.monotonic() - begun < 30
     assert max(seen) < 100  # the reader may lag behind the worker, which never got near the end
 
 
-def test_cancelling_or_leaving_touches_nobody_else(tiny_pipe):
-    lane, done = Lane(tiny_pipe), {}
+def test_cancelling_or_leaving_touches_nobody_else(lane):
+    done = {}
     others = threading.Thread(
-        target=lambda: done.update(you=list(lane.draw("you", "yellow star", num_inference_steps=4))[-1])
+        target=lambda: done.update(you=list(lane.draw("you", Request("yellow star", steps=4)))[-1])
     )
-    mine = lane.draw("me", "a red apple", num_inference_steps=300)
+    mine = lane.draw("me", Request("a red apple", steps=300))
     assert isinstance(next(mine), Step)
     others.start()
     mine.close()  # what a closed page does
@@ -123,20 +134,20 @@ def test_cancelling_or_leaving_touches_nobody_else(tiny_pipe):
     assert len(done["you"].images) == 1
 
 
-def test_a_waiting_drawing_cancels_before_its_first_step(tiny_pipe):
-    lane = Lane(tiny_pipe)
+def test_a_waiting_drawing_cancels_before_its_first_step(lane):
     assert lane.enter("first") == 0
     assert lane.enter("second") == 1
     assert lane.cancel("second")
     lane.leave("first")
     assert lane.enter("third") == 1
     with pytest.raises(Cancelled):
-        list(lane.draw("second", "a red apple", num_inference_steps=400))
+        list(lane.draw("second", Request("a red apple", steps=400)))
 
 
-def test_bad_settings_raise_before_any_step(tiny_pipe):
+def test_bad_settings_raise_before_any_step(lane):
     with pytest.raises(ValueError, match="steps"):
-        list(Lane(tiny_pipe).draw("me", "a red apple", num_inference_steps=0))
+        list(lane.draw("me", Request("a red apple", steps=0)))
+    assert lane.enter("you") == 0
 
 
 # ------------------------------------------------------------------ exposure
@@ -209,6 +220,22 @@ def test_the_endpoint_refuses_bad_parameters_in_one_line(client, bad):
     with pytest.raises(AppError) as caught:
         client.predict(**{"prompt": "a red apple", "steps": 1} | bad, api_name="/generate")
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_the_openai_api_stands_beside_the_studio(studio, tiny_pipe):
+    def post(**headers: str) -> dict:
+        body = json.dumps({"prompt": "a blue fish", "seed": 3, "steps": 2}).encode()
+        headers = {"Content-Type": "application/json"} | headers
+        call = urllib.request.Request(studio.local_url + "v1/images/generations", body, headers)
+        return json.load(urllib.request.urlopen(call, timeout=60))
+
+    (entry,) = post()["data"]
+    with Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))) as found:
+        expected = tiny_pipe("a blue fish", seed=3, num_inference_steps=2).images[0]
+        assert entry["seed"] == 3 and found.tobytes() == expected.tobytes()
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        post(Origin="https://evil.example")
+    assert status(studio, "health") == status(studio, "v1/models") == status(studio, "metrics") == 200
 
 
 def test_only_the_endpoint_is_offered_to_programs(client):

@@ -76,6 +76,8 @@ def test_guidance():
     cond, uncond = torch.randn(2, 3), torch.randn(2, 3)
     torch.testing.assert_close(flow.guided(cond, uncond, 1.0), cond)
     torch.testing.assert_close(flow.guided(cond, uncond, 4.0), uncond + 4 * (cond - uncond))
+    each = flow.guided(cond, uncond, torch.tensor([4.0, 1.0]))
+    assert torch.equal(each[0], flow.guided(cond, uncond, 4.0)[0]) and torch.equal(each[1], cond[1])
     scales = [flow.guidance_at(t, 5.0, (0.2, 0.8)) for t in (0.1, 0.2, 0.5, 0.8, 0.9)]
     assert scales == [1.0, 5.0, 5.0, 5.0, 1.0]
 
@@ -84,6 +86,13 @@ def test_samplers_reach_the_data_of_straight_paths_in_one_step():
     x0, noise = torch.randn(2, 4), torch.randn(2, 4)
     for sampler in (flow.euler, flow.heun):
         torch.testing.assert_close(sampler(lambda x, t: noise - x0, noise, flow.grid(1)), x0)
+
+
+def test_pictures_at_different_times_advance_together():
+    x, v, times = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), flow.grid(5)
+    together = flow.advance(x, v, times[[0, 3]], times[[1, 4]])
+    assert torch.equal(together[0], flow.advance(x, v, times[0], times[1])[0])
+    assert torch.equal(together[1], flow.advance(x, v, times[3], times[4])[1])
 
 
 def test_euler_is_first_order_and_heun_beats_it_at_equal_cost():

@@ -96,6 +96,7 @@ def test_long_prompt_is_reported(tiny_pipe):
         ({"prompt": "  "}, "prompt is empty"),
         ({"prompt": "x" * 20_000}, "shorten"),
         ({"prompt": "\ud800"}, "surrogate"),
+        ({"prompt": "a\0b"}, "NUL"),
         ({"num_inference_steps": 0}, "steps must be from 1 to 500"),
         ({"num_inference_steps": 10**6}, "steps must be"),
         ({"height": 100}, "multiple of 16, got 100: try 96"),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusionfm import __version__
-from diffusionfm.cli import batch, draw, evaluate, shards, training
+from diffusionfm.cli import batch, draw, evaluate, serve, shards, training
 from diffusionfm.cli.draw import output_files
 from diffusionfm.cli.parts import Parser
 
@@ -47,5 +47,6 @@ def build_parser() -> Parser:
     training.add_plan(commands)
     evaluate.add_evaluate(commands)
     draw.add_demo(commands)
+    serve.add_serve(commands)
     shards.add_shards(commands)
     return parser

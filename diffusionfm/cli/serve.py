@@ -1,0 +1,113 @@
+"""The command that answers programs: serve."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusionfm.checks import check_model
+from diffusionfm.cli.parts import add_command
+from diffusionfm.lora import parse_lora
+
+PORT = 8000
+PER_MINUTE = 600
+
+
+def serve(args: argparse.Namespace) -> int:
+    """`diffusionfm serve`."""
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"a port is from 0 to 65535, got {args.port}")
+    check_model(args.model)
+    loras = [parse_lora(text) for text in args.lora]
+    from diffusionfm.serve.access import KEY_VARIABLE, Access, read_keys
+
+    access = Access(
+        read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE)), args.host, args.requests_per_minute
+    )
+    from diffusionfm.serve.engine import Engine
+    from diffusionfm.serve.jobs import Limits
+
+    limits = Limits(args.batch_size, args.queue, max(1, args.queue // 2), args.max_work)
+    from diffusionfm.serve.server import listen
+
+    with listen(args.host, args.port) as listener:
+        from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+
+        pipe = DiffusionFMPipeline.from_pretrained(
+            args.model, dtype=args.dtype, device=pick_device(args.device)
+        )
+        for folder, scale in loras:
+            pipe.load_lora(folder, scale)
+        _run(Engine(pipe, limits), access, listener, args.log_prompts)
+    return 0
+
+
+def _run(engine: Any, access: Any, listener: Any, log_prompts: bool) -> None:
+    from diffusionfm.serve import logs
+    from diffusionfm.serve.api import Service
+    from diffusionfm.serve.server import serve
+
+    logs.to_stderr()
+    host, port = listener.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    with engine:
+        print(f"DiffusionFM API: http://{name}:{port}/v1  (Ctrl+C stops it)", flush=True)
+        serve(Service(engine, access, log_prompts), listener)
+
+
+def add_serve(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "serve",
+        serve,
+        "answer programs over HTTP as OpenAI's image API does, drawing for many at once",
+        "serve",
+        "serve --port 8001 --lora my-style",
+        "serve --host 0.0.0.0 --api-key-file keys.txt",
+    )
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1, this machine alone; any other demands a key)",
+    )
+    command.add_argument(
+        "--port", type=int, default=PORT, help=f"default {PORT}; 0 takes a free one and says which"
+    )
+    command.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys of callers, one a line; else the environment variable DIFFUSIONFM_API_KEY holds one",
+    )
+    command.add_argument(
+        "--requests-per-minute",
+        type=int,
+        default=PER_MINUTE,
+        metavar="N",
+        help=f"a caller (default {PER_MINUTE})",
+    )
+    command.add_argument("--batch-size", type=int, help="pictures in a network call (default: by device)")
+    command.add_argument(
+        "--queue", type=int, default=128, help="unfinished pictures, half of them of one caller (default 128)"
+    )
+    command.add_argument(
+        "--max-work", type=int, metavar="N", help="pixels x steps x pictures a request (default: by device)"
+    )
+    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="register a LoRA under its folder's name, for requests to ask for; may be given several times",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
+    )
+    command.add_argument("--log-prompts", action="store_true", help="write prompts into the log as well")

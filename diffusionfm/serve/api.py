@@ -1,0 +1,263 @@
+"""The HTTP API, compatible with OpenAI's: POST /v1/images/generations, GET /v1/models, /health and /metrics.
+
+Nothing is stored: a picture goes to who asked for it and to nobody else, and no value of a request names a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from diffusionfm import __version__
+from diffusionfm.images import encode_png
+from diffusionfm.pipeline import Pictures
+from diffusionfm.serve.access import Access
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Closed, QueueFull
+from diffusionfm.serve.logs import say
+from diffusionfm.serve.metrics import Metrics
+from diffusionfm.serve.params import Asked, parse
+from diffusionfm.serve.refusal import Refusal
+
+MAX_BODY = 256 * 1024  # two prompts of the longest, every letter escaped
+BODY_SECONDS = 10.0
+GONE = 499  # nginx's word for a client that closed the connection
+
+Handler = Callable[[Request, str, dict[str, Any]], Awaitable[Response]]
+
+
+class Service:
+    """The endpoints around an engine. log_prompts: whether log lines hold what was asked for."""
+
+    def __init__(self, engine: Engine, access: Access | None = None, log_prompts: bool = False):
+        self.engine, self.access, self.log_prompts = engine, access or Access(), log_prompts
+        self.metrics = Metrics(engine)
+        self.began = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """To mount in an app: each refuses, answers, counts and logs by itself."""
+        return [
+            self._route("/v1/images/generations", self.generate, "POST"),
+            self._route("/v1/models", self.models),
+            self._route("/v1/models/{name}", self.model),
+            self._route("/health", self.health, open_to_all=True),
+            self._route("/metrics", self.figures),
+        ]
+
+    def _route(self, path: str, handler: Handler, method: str = "GET", open_to_all: bool = False) -> Route:
+        async def endpoint(request: Request) -> Response:
+            began, facts = time.monotonic(), {"id": uuid.uuid4().hex, "endpoint": path}
+            status = 500
+            try:
+                caller = facts["caller"] = self.access.caller(request, open_to_all)
+                response = await handler(request, caller, facts)
+                status = response.status_code
+            except Refusal as refusal:
+                response, status = refusal.response(), refusal.status
+                facts["why"] = refusal.param or refusal.code or ""
+            except asyncio.CancelledError:
+                status = GONE
+                raise
+            finally:
+                self.metrics.requests.labels(path, status).inc()
+                if not open_to_all:
+                    say("request", status=status, seconds=round(time.monotonic() - began, 3), **facts)
+            response.headers["x-request-id"] = facts["id"]
+            response.headers["Cache-Control"] = "no-store"
+            return response
+
+        return Route(path, endpoint, methods=[method])
+
+    # -------------------------------------------------------------- endpoints
+
+    async def generate(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """Draw. The answer holds base64 PNGs and their seeds; who hangs up is drawn for no longer."""
+        if wait := self.access.rate.take(caller):
+            raise Refusal(429, "too many requests: slow down", retry_after=wait)
+        began = time.monotonic()
+        asked = parse(await read_body(request), self.engine.pipe)
+        facts |= {"pictures": asked.request.num_images}
+        if self.log_prompts:
+            facts |= {"prompt": asked.request.prompt, "negative_prompt": asked.request.negative_prompt}
+        pictures = await self._draw(request, asked, self.access.turn(caller, asked.user))
+        if pictures is None:
+            return Response(status_code=GONE)
+        answer = await asyncio.to_thread(self._answer, asked, pictures)
+        self.metrics.seconds.observe(time.monotonic() - began)
+        return JSONResponse(answer)
+
+    async def models(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """The one model that is loaded, with the LoRAs it can wear."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """That model by its name."""
+        if request.path_params["name"] != self.engine.pipe.model_name:
+            raise Refusal(
+                404, f"no such model: use {self.engine.pipe.model_name!r}", "model", "model_not_found"
+            )
+        return JSONResponse(self._card())
+
+    async def health(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """200 while requests are taken, 503 otherwise; tells nothing else and needs no key."""
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
+
+    async def figures(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """Prometheus' text."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    # -------------------------------------------------------------- parts of them
+
+    async def _draw(self, request: Request, asked: Asked, turn: str) -> Pictures | None:
+        """The pictures; None once the client has hung up. Raises Refusal for all that the engine refuses."""
+        try:
+            future = asyncio.wrap_future(self.engine.submit(asked.request, turn))
+        except ValueError as error:
+            raise Refusal(400, str(error)) from error
+        except QueueFull as error:
+            raise Refusal(429, str(error), code="queue_full", retry_after=error.retry_after) from error
+        except Closed as error:
+            raise Refusal(503, str(error), retry_after=5) from error
+        gone = asyncio.ensure_future(_hung_up(request))
+        try:
+            either: set[asyncio.Future[Any]] = {future, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                return None
+            failure = future.exception()
+            if failure is not None:
+                raise _no_pictures(failure) from failure
+            return future.result()
+        finally:
+            gone.cancel()
+            future.cancel()
+
+    def _answer(self, asked: Asked, pictures: Pictures) -> dict[str, Any]:
+        request = asked.request
+        found = self.engine.pipe.settings(request.steps, request.guidance, request.height, request.width)
+        common = {
+            **found,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "model": self.engine.pipe.model_name,
+            "version": __version__,
+        }
+        if request.loras:
+            common["lora"] = [f"{name}:{scale:g}" for name, scale in request.loras]
+        data, warnings = [], list(pictures.warnings)
+        for image, seed in zip(pictures.images, pictures.seeds, strict=True):
+            if asked.background == "transparent" and image.getchannel("A").getextrema() == (255, 255):
+                warnings.append(f"the picture of seed {seed} came out without any transparency")
+            shown = on_white(image) if asked.background == "opaque" else image
+            png = encode_png(shown, {**common, "seed": seed} if asked.metadata else None)
+            data.append({"b64_json": base64.b64encode(png).decode(), "seed": seed})
+        return {
+            "created": int(time.time()),
+            "background": asked.background,
+            "output_format": "png",
+            "size": f"{found['width']}x{found['height']}",
+            "data": data,
+            "warnings": warnings,
+        }
+
+    def _card(self) -> dict[str, Any]:
+        pipe = self.engine.pipe
+        return {
+            "id": pipe.model_name,
+            "object": "model",
+            "created": self.began,
+            "owned_by": "diffusionfm",
+            "defaults": {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")},
+            "loras": list(pipe.loras),
+        }
+
+
+def _no_pictures(error: BaseException) -> Refusal:
+    """What to tell about drawing that failed: no internals, those are in the log."""
+    if isinstance(error, Closed):
+        return Refusal(503, str(error), retry_after=5)
+    overflow = isinstance(error, FloatingPointError)
+    return Refusal(500, str(error) if overflow else "drawing failed: the server's log says why")
+
+
+def build_app(service: Service) -> Starlette:
+    """The API alone; paths it does not have, and bugs, answer in the same shape."""
+
+    async def no_such_path(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return Refusal(
+            error.status_code, f"{error.detail}: see /v1/models, /v1/images/generations"
+        ).response()
+
+    async def bug(request: Request, error: Exception) -> Response:
+        return Refusal(500, "something went wrong: the server's log says what").response()
+
+    return Starlette(
+        routes=service.routes(), exception_handlers={HTTPException: no_such_path, Exception: bug}
+    )
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """The JSON object of a request. Raises Refusal, status 400, 408, 413 or 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "the body must be JSON: send Content-Type: application/json")
+    length = request.headers.get("content-length", "")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in _within(request, int(length) if length.isdigit() else 0):
+                data += chunk
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from error
+    except ClientDisconnect as error:
+        raise Refusal(GONE, "the client hung up") from error
+    try:
+        body = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, "the body is not JSON in UTF-8") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, 'the body must be a JSON object: {"prompt": "a red apple"}')
+    return body
+
+
+async def _within(request: Request, announced: int) -> Any:
+    size = announced
+    if size <= MAX_BODY:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_BODY:
+                break
+            yield chunk
+    if size > MAX_BODY:
+        raise Refusal(413, f"the body is over {MAX_BODY // 1024} KiB: shorten it")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture over white, opaque."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

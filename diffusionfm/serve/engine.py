@@ -1,0 +1,334 @@
+"""One pipeline, many requests: pictures join and leave the network call between steps (continuous batching).
+
+A single worker thread owns the networks. Before every step it drops what was cancelled, picks by fair turns the
+pictures that share the next call, whatever their prompts, seeds, guidance and number of steps, and moves each along
+its own path. Only size and LoRAs must agree within a call: pictures that differ in those take calls in turn. The
+maths is the pipeline's: `velocity`, `flow.advance`, `finish`. Decoding happens in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusionfm import flow
+from diffusionfm.checks import check_settings
+from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
+from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
+from diffusionfm.serve.turns import Turns
+from diffusionfm.serve.wardrobe import Loras, Wardrobe
+
+LOG = logging.getLogger("diffusionfm.serve")
+WORK = {"cpu": 2**26, "mps": 2**28, "cuda": 2**30}
+
+
+class Engine:
+    """Draws what is submitted, from any thread. Use it as a context manager, or `close` it.
+
+    LoRAs are those the pipeline was loaded with (`load_lora`); a request works with the ones it names and no other.
+    The pipeline belongs to the engine: nobody else may draw with it meanwhile.
+    """
+
+    def __init__(self, pipe: DiffusionFMPipeline, limits: Limits | None = None):
+        self.pipe = pipe
+        self.limits = limits or Limits()
+        self.counts = Counts()
+        self.wardrobe = Wardrobe(pipe)
+        self._cap = self.limits.batch or BATCH_SIZE.get(pipe.device.type, 8)
+        self._most_work = self.limits.work or WORK.get(pipe.device.type, 2**26)
+        self._jobs: list[Job] = []  # in order of arrival, until settled
+        self._turns = Turns()
+        self._changed = threading.Condition()
+        self._closing = self._aborted = False
+        self._pace = 0.0  # seconds that a step of a picture takes, of late
+        self._served: dict[Group, int] = {}  # the number of the last call of each group there is
+        self._fields: dict[Group, tuple[list[Picture], flow.VelocityFn]] = {}
+        self._words: dict[Loras, dict[str, Tensor]] = {}
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------- from any thread
+
+    def submit(self, request: Request, client: str = "", on_step: OnStep | None = None) -> Future[Pictures]:
+        """Queue a request: its future gives the pictures, and `future.cancel()` stops them within a step.
+
+        client: whose turn it takes. on_step(step, total, preview): called on the worker, so be brief; preview() may
+        be called later and from any thread. Returning True cancels. Raises at once: ValueError for what cannot be
+        drawn, QueueFull, Closed.
+        """
+        job = self._plan(request, client, on_step)
+        count = len(job.pictures)
+        with self._changed:
+            if self._closing:
+                raise Closed("the server is shutting down")
+            self._refuse_too_many(client, count)
+            now = min((p.turn for p in self._unfinished()), default=0.0)
+            cost = self._cost(job)
+            for picture in job.pictures:
+                picture.turn = self._turns.take(client, cost, now)
+            self._jobs.append(job)
+            self._changed.notify()
+        job.future.add_done_callback(partial(self._if_cancelled, job))
+        return job.future
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._worker.is_alive() and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that are not finished yet, those being drawn among them."""
+        with self._changed:
+            return sum(len(job.pictures) for job in self._jobs)
+
+    def refuse(self) -> None:
+        """Take no more requests; those there are will be drawn."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Draw what is queued, for `timeout` seconds at most, None for as long as it takes; fail the rest."""
+        self.refuse()
+        self._worker.join(timeout)
+        self._aborted = True
+        self._worker.join()
+        self._decoder.shutdown()
+
+    # -------------------------------------------------------------- admission
+
+    def _plan(self, request: Request, client: str, on_step: OnStep | None) -> Job:
+        """The job of a request; ValueError for what cannot be drawn."""
+        check_settings(num_images=request.num_images)
+        found = self.pipe.settings(request.steps, request.guidance, request.height, request.width)
+        tasks = plan_tasks(request.prompt, request.negative_prompt, request.seed, request.num_images)
+        work = found["height"] * found["width"] * found["steps"] * len(tasks)
+        if work > self._most_work:
+            raise ValueError(
+                f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
+                "so ask for fewer pictures or steps, or a smaller size"
+            )
+        most = min(self.limits.client, self.limits.queue)
+        if len(tasks) > most:
+            raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
+        self.wardrobe.check(request.loras)
+        times = flow.grid(found["steps"], self.pipe.defaults["shift"])
+        group = (found["height"], found["width"], tuple(sorted(request.loras)))
+        job = Job(client, float(found["guidance"]), times, group, on_step)
+        job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
+        return job
+
+    def _refuse_too_many(self, client: str, count: int) -> None:
+        held = sum(len(job.pictures) for job in self._jobs)
+        own = sum(len(job.pictures) for job in self._jobs if job.client == client)
+        per_picture = self._pace * sum(p.job.steps - p.step for p in self._unfinished()) / max(held, 1)
+        if held + count > self.limits.queue:
+            raise QueueFull(f"the queue is full ({held} pictures): try again a little later", per_picture)
+        if own + count > self.limits.client:
+            raise QueueFull(
+                f"{own} pictures of yours are still waiting: let some of them finish first", per_picture
+            )
+
+    def _cost(self, job: Job) -> float:
+        height, width, _ = job.group
+        return height * width * job.steps * (1 if job.guidance in (0, 1) else 2)
+
+    # -------------------------------------------------------------- the worker
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        try:
+            while self._turn():
+                pass
+        finally:  # even after a bug nobody waits for ever
+            with self._changed:
+                self._closing = True
+                left = [job for job in self._jobs if not job.done]
+            for job in left:
+                self._fail(job, Closed("the server stopped before these pictures were drawn"))
+
+    def _turn(self) -> bool:
+        """One network call for whoever's turn it is; whether there was one."""
+        batch = self._next()
+        if batch:
+            self._step(batch)
+        return bool(batch)
+
+    def _next(self) -> list[Picture]:
+        """The pictures of the next call; waits for some, and gives none when it is time to stop."""
+        with self._changed:
+            while True:
+                pictures = [] if self._aborted else sorted(self._unfinished(), key=lambda p: p.turn)
+                if pictures or self._closing:
+                    break
+                self._forget()
+                self._changed.wait()
+        if not pictures:
+            return []
+        groups = dict.fromkeys(picture.job.group for picture in pictures[: self._cap])
+        group = min(groups, key=lambda one: self._served.get(one, 0))
+        self._keep(pictures, group)
+        return [picture for picture in pictures if picture.job.group == group][: self._cap]
+
+    def _unfinished(self) -> list[Picture]:
+        return [p for job in self._jobs if not job.future.done() for p in job.pictures if not p.done]
+
+    def _keep(self, pictures: list[Picture], group: Group) -> None:
+        """Note the group's turn; drop what was kept for groups and prompts that nobody draws any more."""
+        groups = {picture.job.group for picture in pictures}
+        self._served = {one: n for one, n in self._served.items() if one in groups}
+        self._served[group] = self.counts.calls + 1
+        self._fields = {one: known for one, known in self._fields.items() if one in groups}
+        self._words = {one[2]: self._words.get(one[2], {}) for one in groups}
+        wanted = {""} | {text for p in pictures for text in (p.task.prompt, p.task.negative)}
+        for words in self._words.values():
+            for prompt in set(words) - wanted:
+                del words[prompt]
+
+    def _forget(self) -> None:
+        """Nothing is waiting: keep nothing of what was drawn."""
+        self._turns.reset()
+        self._served, self._fields, self._words = {}, {}, {}
+
+    def _step(self, batch: list[Picture]) -> None:
+        """One network call. If it fails, halves of it are tried, so that only the cause of it fails."""
+        began = time.monotonic()
+        with Attempt() as attempt:
+            self._advance(batch)
+        if attempt.error is not None:
+            return self._step_apart(batch, attempt.error)
+        self.counts.calls += 1
+        self.counts.steps += len(batch)
+        pace = (time.monotonic() - began) / len(batch)
+        self._pace = 0.9 * self._pace + 0.1 * pace if self._pace else pace
+        for job in dict.fromkeys(picture.job for picture in batch):
+            self._report(job)
+
+    def _step_apart(self, batch: list[Picture], error: Exception) -> None:
+        """After a call that failed: its halves, and in the end the picture that is the cause."""
+        self._fields.pop(batch[0].job.group, None)
+        if len(batch) == 1:
+            return self._fail(batch[0].job, error)
+        half = len(batch) // 2
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            self._cap = half
+            LOG.warning("out of memory: %d pictures in a call from now on", half)
+        for part in (batch[:half], batch[half:]):
+            if still := [picture for picture in part if not picture.job.future.done()]:
+                self._step(still)
+
+    def _advance(self, batch: list[Picture]) -> None:
+        """Move each picture a step along its path."""
+        field = self._field(batch)
+        x = torch.stack([picture.x for picture in batch])  # type: ignore[misc]
+        t, until = (
+            torch.stack([picture.job.times[picture.step + k] for picture in batch]).to(x.device)
+            for k in (0, 1)
+        )
+        v = field(x, t)
+        x = flow.advance(x, v, t, until)
+        for picture, x_after, v_there in zip(batch, x, v, strict=True):
+            picture.x, picture.v = x_after, v_there
+            picture.step += 1
+
+    def _field(self, batch: list[Picture]) -> flow.VelocityFn:
+        """The velocity field of these pictures, made anew when one has joined or left."""
+        height, width, loras = group = batch[0].job.group
+        self.wardrobe.wear(loras)
+        known, field = self._fields.get(group, ([], None))
+        if field is not None and known == batch:
+            return field
+        for picture in batch:
+            if picture.x is None:
+                picture.x = self.pipe.noise([picture.task.seed], height, width)[0].to(self.pipe.device)
+            if picture.job.warnings is None:
+                picture.job.warnings = self.pipe.truncations([picture.task])
+        field = self.pipe.velocity(
+            [picture.task for picture in batch],
+            [picture.job.guidance for picture in batch],
+            self._words.setdefault(loras, {}),
+        )
+        self._fields[group] = batch, field
+        return field
+
+    def _report(self, job: Job) -> None:
+        """Tell who looks on how far the job is, and hand it to the decoder at its end."""
+        step = sum(picture.step for picture in job.pictures) // len(job.pictures)
+        if job.on_step is not None and step > job.reported and not job.future.done():
+            job.reported = step
+            with Attempt() as attempt:
+                if job.on_step(step, job.steps, _preview(self.pipe, job)):
+                    job.future.cancel()
+            if attempt.error is not None:
+                self._fail(job, attempt.error)
+        if job.done and not job.future.done():
+            latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
+            drawn = self._decoder.submit(_finish, self.pipe, latents)
+            drawn.add_done_callback(partial(self._deliver, job))
+
+    # -------------------------------------------------------------- how a job ends
+
+    def _deliver(self, job: Job, drawn: Future[list[Image.Image]]) -> None:
+        error = drawn.exception()
+        if error is not None:
+            return self._fail(job, error)
+        if self._settle(job, "pictures"):
+            seeds = [picture.task.seed for picture in job.pictures]
+            job.future.set_result(Pictures(drawn.result(), seeds, job.warnings or []))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if self._settle(job, "failed"):
+            LOG.error("drawing failed", exc_info=error)
+            job.future.set_exception(error)
+
+    def _settle(self, job: Job, how: str) -> bool:
+        """Whether the job is still wanted; if so its place is free before anyone can see its end."""
+        if job.future.done() or not job.future.set_running_or_notify_cancel():
+            return False
+        self._leave(job, how)
+        return True
+
+    def _if_cancelled(self, job: Job, future: Future[Pictures]) -> None:
+        if future.cancelled():
+            self._leave(job, "cancelled")
+
+    def _leave(self, job: Job, how: str) -> None:
+        with self._changed:
+            self._jobs.remove(job)
+            setattr(self.counts, how, getattr(self.counts, how) + len(job.pictures))
+            self._changed.notify()
+
+
+# ------------------------------------------------------------------ parts of it
+
+
+@torch.inference_mode()
+def _finish(pipe: DiffusionFMPipeline, latents: Tensor) -> list[Image.Image]:
+    return pipe.finish(latents)
+
+
+def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
+    """A look, on demand, at the job's pictures as they would end from here; those not begun are left out."""
+    seen = [(p.x, p.v, job.times[p.step]) for p in job.pictures if p.v is not None]
+
+    @torch.inference_mode()
+    def preview() -> list[Image.Image]:
+        return pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
+
+    return preview
