@@ -459,6 +459,8 @@ def test_pages_of_others_cannot_use_it(api):
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Host": "evil.example"},
+        {"Host": "[::1"},
+        {"Host": "127.0.0.1@evil.example"},
         {"Host": "evil.example:80", "Origin": "http://evil.example:80"},
     ):
         answer = api.client.post(DRAW, json=APPLE, headers=headers)

@@ -97,6 +97,25 @@ def test_pictures_that_share_calls_are_those_drawn_alone(pipe, tiny_pipe):
         assert all_near(pictures.images, expected.images)
 
 
+def test_a_u_net_shares_calls_as_well(pipe):
+    from diffusionfm.unet import DiffusionUNet
+
+    torch.manual_seed(0)
+    network = DiffusionUNet(
+        in_channels=4, widths=(32, 64), blocks=1, text_dim=16, text_width=32, condition_dim=32, grid=4
+    )
+    for parameter in network.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    pipe.register_modules(transformer=network.eval())
+    expected = [alone(pipe, request) for request in MIXED]
+    with Engine(pipe) as engine:
+        drawn = [engine.submit(request, str(k)) for k, request in enumerate(MIXED)]
+        assert all(
+            all_near(future.result(60).images, pictures.images)
+            for future, pictures in zip(drawn, expected, strict=True)
+        )
+
+
 def test_a_long_prompt_is_reported(engine):
     (warning,) = engine.submit(Request("a red apple " * 30 + "zebra", num_images=2)).result(60).warnings
     assert "zebra" in warning

@@ -118,8 +118,16 @@ class Access:
     def _refuse_other_pages(self, request: Request) -> None:
         """No web page may use the API through a visitor's browser: neither cross-origin nor by a rebound DNS name."""
         host = request.headers.get("host", "")
-        if self.local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.local and not is_loopback(_name_in(host)):
             raise Refusal(403, f"this server answers to localhost and 127.0.0.1, not to {host!r}")
         origin = request.headers.get("origin")
-        if origin is not None and origin != f"{request.url.scheme}://{host}":
+        if origin is not None and origin != f"{request.scope['scheme']}://{host}":
             raise Refusal(403, "pages of other origins may not use this API: call it from a program")
+
+
+def _name_in(host: str) -> str:
+    """The name or address of a Host header, without its port; empty where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

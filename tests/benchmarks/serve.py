@@ -5,7 +5,7 @@ draws one request at a time, and of the engine. Latency is from asking to having
 
 With --load, `diffusionfm serve` runs in a process of its own and clients mix good requests, bad ones, some that hang up
 while it draws and some that never finish their body, for so many seconds. Every good picture is compared with the one
-drawn alone. Memory and descriptors of the server are read from its /metrics after a tenth of the time and at the end.
+drawn alone. Memory, after a tenth of the time and at the end, and descriptors, before and after, come from /metrics.
 
     python tests/benchmarks/serve.py
     python tests/benchmarks/serve.py --load 300 --clients 50
@@ -142,25 +142,28 @@ def loaded(pipe: DiffusionFMPipeline, args: Namespace) -> list[dict[str, Any]]:
         )
     ]
     with server(args) as url:
-        crowd = Crowd(url, known, time.monotonic() + args.load)
+        _, before = process(url)
+        began = time.monotonic()
+        crowd = Crowd(url, known, began + args.load)
         threads = [threading.Thread(target=crowd.client, args=(k,)) for k in range(args.clients)]
         for thread in threads:
             thread.start()
         time.sleep(args.load / 10)
-        early = process(url)
+        early, _ = process(url)
         for thread in threads:
             thread.join()
-        late = process(url)
-    found = row("server", crowd.seconds or [float("nan")], args.load)
+        spent = time.monotonic() - began
+        late, after = process(url)
+    found = row("server", crowd.seconds or [float("nan")], spent)
     return [
         found
         | dict(crowd.ends)
         | {
-            "MiB": early[0] / 2**20,
-            "MiB at the end": late[0] / 2**20,
-            "memory grew": late[0] / early[0] - 1,
-            "descriptors": early[1],
-            "descriptors at the end": late[1],
+            "MiB": early / 2**20,
+            "MiB at the end": late / 2**20,
+            "memory grew": late / early - 1,
+            "descriptors": before,
+            "descriptors at the end": after,
         }
     ]
 
@@ -240,7 +243,7 @@ def server(args: Namespace) -> Iterator[str]:
 def process(url: str) -> tuple[float, int]:
     """Resident bytes and open descriptors of the server."""
     text = httpx.get(f"{url}/metrics", trust_env=False, timeout=60).text
-    values = {family.name: family.samples[0].value for family in text_string_to_metric_families(text)}
+    values = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
     return values["process_resident_memory_bytes"], int(values["process_open_fds"])
 
 
