@@ -154,6 +154,7 @@ def test_every_help_has_examples(capsys):
         "batch",
         "finetune",
         "plan",
+        "evaluate",
         "demo",
         "shards",
         "shards build",

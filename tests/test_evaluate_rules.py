@@ -118,6 +118,14 @@ def test_colours_swapped_between_shapes_are_wrong():
     assert not verdicts("binding", scene, draw_scene(Scene((RED_STAR, ("blue", "square")))))["binding"]
 
 
+def test_noise_keeps_no_rule():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)
+    for line in LINES:
+        for k in range(12):
+            kept = verdicts(line, LINES[line].scene(k)[1], Image.fromarray(noise, "RGBA"))
+            assert not any(kept[rule] for rule in kept if rule != "count")
+
+
 # ------------------------------------------------------------------ the parts
 
 

@@ -29,7 +29,7 @@ from diffusionfm.phrasing import article, on_background
 SAMPLES = 200  # of each line
 UNIFORM = 0.9  # of the border that must agree
 MOST = 0.4  # of what is drawn that must have the ink's colour
-SEEN = 0.01  # of the picture that a colour must cover to be there
+SEEN = 0.01  # of the picture that a thing must cover to be there
 APART = 0.1  # of the picture's side between two centres
 
 THINGS = (
@@ -129,11 +129,11 @@ def has_relation(pixels: np.ndarray, scene: Scene) -> bool:
     """Both colours are there, and the first lies from the second as named, more so than any other way."""
     centres = []
     for color, _ in scene.things:
-        mask = colored(pixels, color or "")
-        if mask.mean() < SEEN:
+        piece = largest(pixels, color or "")
+        if piece is None:
             return False
-        rows, columns = np.nonzero(pieces(mask)[0])
-        centres.append((columns.mean() / mask.shape[1], rows.mean() / mask.shape[0]))
+        rows, columns = np.nonzero(piece)
+        centres.append((columns.mean() / piece.shape[1], rows.mean() / piece.shape[0]))
     away = np.subtract(centres[0], centres[1])
     along = np.array(RELATIONS[scene.relation or ""])
     step = float(away @ along)
@@ -143,10 +143,16 @@ def has_relation(pixels: np.ndarray, scene: Scene) -> bool:
 def has_binding(pixels: np.ndarray, scene: Scene) -> bool:
     """Each colour's largest piece has the shape that was named with it."""
     for color, shape in scene.things:
-        mask = colored(pixels, color or "")
-        if mask.mean() < SEEN or shape_word(pieces(mask)[0]) != shape:
+        piece = largest(pixels, color or "")
+        if piece is None or shape_word(piece) != shape:
             return False
     return True
+
+
+def largest(pixels: np.ndarray, color: str) -> np.ndarray | None:
+    """The largest piece of a colour; None where it covers less than SEEN."""
+    found = pieces(colored(pixels, color))
+    return found[0] if found and found[0].mean() >= SEEN else None
 
 
 @dataclass(frozen=True)

