@@ -57,7 +57,8 @@ def page(card: Scorecard) -> str:
 {soundness(report)}
 <p>Shares in percent with their 95 % intervals. <b>Real</b>: held-out pictures, or training pictures that the judge was
 not fitted to; for rules, pictures right by construction. <b>Shuffled</b>: the real ones, judged by another's prompt.
-<b>Handed back</b>: a training picture for each prompt.</p>
+<b>Handed back</b>: a training picture for each prompt. Near-copies are looked for among
+{protocol["training_pictures"]:,} training pictures.</p>
 {figures_table(report["lines"])}
 <h2>What people look like</h2>
 <p>The phrase nearest to each picture, as the judge reads it: of phrases for people alone, then of all 500. A weak

@@ -89,7 +89,15 @@ def evaluate(
     numbers = plan.numbers("people")
     prompts = [plan.items[k].prompt for k in numbers]
     report = {
-        "protocol": {"version": VERSION, "hash": plan.digest, "quick": quick, "pictures": len(plan.items)},
+        "protocol": {
+            "version": VERSION,
+            "hash": plan.digest,
+            "quick": quick,
+            "pictures": len(plan.items),
+            "training_pictures": loaded.words[
+                "training_pictures"
+            ],  # in the index that copies are looked for in
+        },
         "model": {"name": pipe.model_name, "fingerprint": pipe.fingerprint(), **pipe.defaults},
         "version": __version__,
         "lines": rows(columns),
