@@ -133,7 +133,7 @@ def test_it_learns(pictures, tiny_model, tmp_path):
 
 def test_shards_and_few_pictures(tiny_model, tmp_path):
     folder = draw_pictures(tmp_path / "few", 3)
-    pack_folder(folder, tmp_path / "shards", size=48)
+    pack_folder(folder, tmp_path / "shards", size=48, held_out=0)
     said: list[str] = []
     finetune(
         tmp_path / "shards", tmp_path / "style", model=tiny_model, say=said.append, **SHORT | {"steps": 1}
