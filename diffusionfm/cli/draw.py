@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
-from diffusionfm.cli.parts import Parser, StepBar, add_command
+from diffusionfm.cli.parts import Parser, StepBar, add_command, add_model_options
 from diffusionfm.formats import FORMATS, Finish, pick_format
 from diffusionfm.images import write_atomic
 
@@ -177,21 +177,7 @@ def add_settings(command: Parser) -> None:
         "--width", type=int, help="pixels, 32 to 1024, a multiple of 16 (default: the model's)"
     )
     command.add_argument("--height", type=int, help="as --width")
-    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
-    command.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="DIR[:SCALE]",
-        help="add a LoRA; may be given several times",
-    )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    command.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
-        help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
-    )
+    add_model_options(command, lora="add a LoRA; may be given several times")
     command.add_argument("--format", choices=FORMATS, help="default: as the output is named, else png")
     command.add_argument(
         "--background",

@@ -62,3 +62,16 @@ class ItemBar:
     def __call__(self, done: int, total: int) -> None:
         self.bar.total = total
         self.bar.update(done - self.bar.n)
+
+
+def add_model_options(command: argparse.ArgumentParser, lora: str) -> None:
+    """--model, --lora, --device and --dtype: which model draws, and on what; `lora` is the help of --lora."""
+    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
+    command.add_argument("--lora", action="append", default=[], metavar="DIR[:SCALE]", help=lora)
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model
-from diffusionfm.cli.parts import add_command
+from diffusionfm.cli.parts import add_command, add_model_options
 from diffusionfm.lora import parse_lora
 
 PORT = 8000
@@ -95,19 +95,8 @@ def add_serve(commands: Any) -> None:
     command.add_argument(
         "--max-work", type=int, metavar="N", help="pixels x steps x pictures a request (default: by device)"
     )
-    command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
-    command.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="DIR[:SCALE]",
-        help="register a LoRA under its folder's name, for requests to ask for; may be given several times",
-    )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
-    command.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
-        help="of the denoiser; auto is bfloat16 on a GPU that has it, else float32",
+    add_model_options(
+        command,
+        lora="register a LoRA under its folder's name, for requests to ask for; may be given several times",
     )
     command.add_argument("--log-prompts", action="store_true", help="write prompts into the log as well")
