@@ -1,10 +1,12 @@
 """What a training loop stands on: step seeds, bf16 or not, the pieces of a batch, signals."""
 
+import atexit
 import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,3 +101,11 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
     dist.all_gather(got, sent)
     parts = zip(got, sizes, strict=True)
     return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in parts]
+
+
+@cache
+def leave_group_at_exit() -> None:
+    """Close the process group, if there is one, when Python ends: its threads, still running, may abort a finished rank.
+
+    To be called where no collective is under way. A rank that fails leaves its group as it is and waits for nobody."""
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

@@ -127,6 +127,7 @@ class Trainer:
                     self._sample()
                 if finished or self._due(cfg.checkpoint_every) or self.step == self._decay_start():
                     self._save()
+        runtime.leave_group_at_exit()
         if self._signal:
             self._leave()
         return self.run_dir
