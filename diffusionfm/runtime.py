@@ -107,5 +107,5 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 def leave_group_at_exit() -> None:
     """Close the process group, if there is one, when Python ends: its threads, still running, may abort a finished rank.
 
-    To be called where no collective is under way. A rank that fails leaves its group as it is and waits for nobody."""
+    Call it where no collective is under way. A rank that fails leaves its group as it is and waits for nobody."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
