@@ -105,7 +105,7 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
 
 @cache
 def leave_group_at_exit() -> None:
-    """Close the process group, if there is one, when Python ends: its threads, still running, may abort a finished rank.
+    """Close the process group, if there is one, when Python ends: its threads, if running, may abort a finished rank.
 
     Call it where no collective is under way. A rank that fails leaves its group as it is and waits for nobody."""
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
