@@ -163,6 +163,7 @@ counts = [torch.zeros(1) for _ in range(dist.get_world_size())]
 dist.all_gather(counts, torch.tensor([sum(flops)]))
 assert 0 < max(counts) < 0.9 * sum(counts), counts
 print("shared out")
+dist.destroy_process_group()
 """
 
 
