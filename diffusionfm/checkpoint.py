@@ -189,12 +189,14 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def write_weights(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write one safetensors file whole or not at all."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     with writing(path):
-        save_file(_storable(tensors), aside, metadata={"format": "pt"})
+        save_file(_storable(tensors), aside, metadata={"format": "pt", **(metadata or {})})
         _sync(aside)
         os.replace(aside, path)
 

@@ -5,6 +5,7 @@ Every check runs before any work and raises ValueError, one line with the fix in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -193,6 +194,21 @@ def check_model(path: str | os.PathLike[str] | None = None) -> Path:
         _check_component(folder / name, name)
     read_defaults(folder)
     return folder
+
+
+def model_hash(folder: Path) -> str:
+    """12 hex digits of the SHA-256 over the weights in a model folder, as float32: the same in any precision."""
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    for name, file in WEIGHTS.items():
+        with safe_open(folder / name / file, framework="pt") as tensors:
+            for key in sorted(tensors.keys()):
+                digest.update(f"{name}.{key}".encode())
+                value = tensors.get_tensor(key).to(torch.float32).reshape(-1)
+                digest.update(value.view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 def _check_component(folder: Path, name: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from diffusionfm.checks import PICKLES, check_safetensors, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_NAME, BASE_HASH = "base_model_name_or_path", "revision"  # in CONFIG, the model it was trained on
+KOHYA_NAME, KOHYA_HASH = "ss_sd_model_name", "ss_new_sd_model_hash"  # in a file's metadata, the same
 PEFT = "base_model.model."
 # Of a single file: what a tensor's name begins with, by the network it is for. Kohya writes _ for every dot.
 PREFIXES = {
@@ -31,12 +33,12 @@ SUFFIXES = {
 Adapter = tuple[dict[str, Any], dict[str, Any]]  # settings as of adapter_config.json, tensors by PEFT's names
 
 
-def add_lora(networks: Mapping[str, Any], source: Path, scale: float, taken: set[str]) -> str:
+def add_lora(networks: Mapping[str, Any], source: Path, scale: float, taken: set[str], name: str = "") -> str:
     """Inject the adapter at `source` into the networks it is for, at `scale`, beside those `taken`; returns its name.
 
-    networks: the pipeline's "transformer" and "text_encoder"."""
+    networks: the pipeline's "transformer" and "text_encoder". name: that of the file or folder unless given."""
     check_lora(source, scale)
-    name = (source.stem if source.is_file() else source.resolve().name).replace(".", "_")
+    name = (name or (source.stem if source.is_file() else source.resolve().name)).replace(".", "_")
     while name in taken:
         name += "_"
     adapters = _read_file(source, networks) if source.is_file() else read_folder(source)
@@ -45,6 +47,32 @@ def add_lora(networks: Mapping[str, Any], source: Path, scale: float, taken: set
         _inject(networks[part], source, name, settings, weights)
         _set_strength(networks[part], name, scale, taken)
     return name
+
+
+def check_base(source: Path, model: str, weights: str, any_model: bool = False) -> str:
+    """What to know about an adapter beside the model `model` with the hash `weights`; "" when it was trained on it.
+
+    ValueError when it was trained on another model, which its shapes do not always tell; a word about that instead
+    with `any_model`. Adapters of other tools seldom say what they were trained on: a word about that, too."""
+    name, told = base_of(source)
+    if told == weights or (told and not weights):  # weights in memory have no hash
+        return ""
+    if not told:
+        return f"{source} does not tell which model it was trained on: its shapes fit this one, {model!r}"
+    said = f"{source} was trained on another model, {name!r} ({told}), than this one, {model!r} ({weights})"
+    if any_model:
+        return f"{said}: pictures may suffer"
+    raise ValueError(f"{said}: name that one with --model, or add the LoRA all the same with --lora-any")
+
+
+def base_of(source: Path) -> tuple[str, str]:
+    """(name, hash) of the model that an adapter was trained on, as it tells them; "" for what it does not tell."""
+    if source.is_file():
+        told, keys = check_safetensors(source).get("__metadata__", {}), (KOHYA_NAME, KOHYA_HASH)
+    else:
+        told, keys = read_json(source / CONFIG), (BASE_NAME, BASE_HASH)
+    name, found = (str(told.get(key) or "") for key in keys)
+    return name, found if re.fullmatch("[0-9a-f]{12}", found) else ""  # others put a branch or a commit there
 
 
 def _check_fit(network: Any, source: Path, weights: dict[str, Any]) -> None:
@@ -173,6 +201,11 @@ def _as_peft(file: Path, held: dict[str, dict[str, Any]]) -> Adapter:
         if what != ".alpha"
     }
     return settings, weights
+
+
+def kohya_metadata(source: Path) -> dict[str, str]:
+    """What a file in kohya's names says of the model that a folder's adapter was trained on."""
+    return dict(zip((KOHYA_NAME, KOHYA_HASH), base_of(source), strict=True))
 
 
 def as_kohya(adapters: Mapping[str, Adapter]) -> dict[str, Any]:

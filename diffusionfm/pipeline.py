@@ -29,6 +29,7 @@ from diffusionfm.checks import (
     check_prompt,
     check_seed,
     check_settings,
+    model_hash,
     read_defaults,
     read_json,
 )
@@ -94,6 +95,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.model_name = "unnamed"
         self.loras: dict[str, float] = {}
         self.lora_sources: dict[str, Path] = {}
+        self._base: str | None = None  # base_hash, once it was asked for
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -130,18 +132,35 @@ class DiffusionFMPipeline(DiffusionPipeline):
         text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"
         write_atomic(Path(path) / "generation.json", text.encode())
 
-    def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0) -> None:
+    def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0, any_model: bool = False) -> str:
         """Add a LoRA or DoRA at `scale`: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a
-        .safetensors file in kohya's or ComfyUI's names.
+        .safetensors file in kohya's or ComfyUI's names. Returns what to know about it, mostly "".
 
-        Several may be added. Raises ValueError when it is no such adapter or was made for another model.
+        Several may be added. Raises ValueError when it is no such adapter, does not fit, or, unless `any_model`,
+        tells that it was trained on another model.
         """
-        from diffusionfm.lora import add_lora
+        from diffusionfm.lora import add_lora, check_base, check_lora
 
-        networks = {"transformer": self.transformer, "text_encoder": self.text_encoder}
-        name = add_lora(networks, Path(source), scale, taken=set(self.loras))
+        path = Path(source)
+        check_lora(path, scale)
+        word = check_base(path, self.model_name, self.base_hash, any_model)
+        name = add_lora(self.networks, path, scale, taken=set(self.loras))
         self.loras[name] = scale
-        self.lora_sources[name] = Path(source)
+        self.lora_sources[name] = path
+        return word
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The networks that adapters are for."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+
+    @property
+    def base_hash(self) -> str:
+        """The hash of the weights in the folder this was loaded from (`model_hash`); "" for one in memory alone."""
+        folder = Path(self.config.get("_name_or_path") or "")
+        if self._base is None:
+            self._base = model_hash(folder) if (folder / "model_index.json").is_file() else ""
+        return self._base
 
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""

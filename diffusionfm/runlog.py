@@ -20,13 +20,20 @@ from diffusionfm.config import as_dict, dump_config
 
 
 class RunLog:
-    """The records of one run folder; where `enabled` is False (ranks but the first) it does nothing."""
+    """The records of one run folder; where `enabled` is False (ranks but the first) it does nothing.
+
+    bar: whether a progress bar is shown."""
 
     def __init__(
-        self, run_dir: Path, resolved_config: Any, tracker: str = "none", enabled: bool = True
+        self,
+        run_dir: Path,
+        resolved_config: Any,
+        tracker: str = "none",
+        enabled: bool = True,
+        bar: bool = True,
     ) -> None:
         self.run_dir, self.resolved_config, self.enabled = run_dir, resolved_config, enabled
-        self.tracker = tracker
+        self.tracker, self.show_bar = tracker, bar
         self.metrics = run_dir / "metrics.jsonl"
         self.file: Any = None
         self.track: Callable[[dict[str, float], int], Any] | None = None
@@ -52,7 +59,8 @@ class RunLog:
         elif self.tracker == "trackio":
             self._open_trackio()
         every = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=steps, initial=step, desc=self.run_dir.name, unit="step", mininterval=every)
+        name, off = self.run_dir.name, not self.show_bar
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=every, disable=off)
         self.closing.append(self.bar.close)
 
     def _open_tensorboard(self, step: int) -> None:

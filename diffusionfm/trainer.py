@@ -55,7 +55,7 @@ class Trainer:
     Every step draws from a generator seeded by (seed, step, rank), so callbacks cannot disturb training.
 
     on_sample(step, networks) and validate(step, networks) -> {name: number} run on the first rank with the
-    averaged weights in place, in eval mode without gradients.
+    averaged weights in place, in eval mode without gradients. bar: whether a progress bar is shown.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Trainer:
         resolved_config: Any = None,
         on_sample: Callable[[int, Networks], None] | None = None,
         validate: Callable[[int, Networks], dict[str, float]] | None = None,
+        bar: bool = True,
     ) -> None:
         self.cfg, self.objective, self.data = cfg, objective, data
         self.resolved_config = cfg if resolved_config is None else resolved_config
-        self.on_sample, self.validate = on_sample, validate
+        self.on_sample, self.validate, self.bar = on_sample, validate, bar
         self.run_dir = Path(cfg.output_dir)
         check_tracker(cfg.tracker)
         no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -263,7 +264,7 @@ class Trainer:
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.matrix_rate = cost.matrix_rate(self.device, dtype)
         self.log = RunLog(
-            self.run_dir, self.resolved_config, cfg.tracker, enabled=accelerator.is_main_process
+            self.run_dir, self.resolved_config, cfg.tracker, accelerator.is_main_process, self.bar
         )
         if accelerator.is_main_process:
             if self.step < cfg.steps:

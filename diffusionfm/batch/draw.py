@@ -164,7 +164,7 @@ def _load(how: Recipe) -> Drawer:
         torch.set_num_threads(how.threads)
     pipe = DiffusionFMPipeline.from_pretrained(how.model, dtype=how.dtype, device=how.device)
     for folder, scale in how.loras:
-        pipe.load_lora(folder, scale)
+        pipe.load_lora(folder, scale, any_model=True)  # whoever began the batch was asked
     if pipe.fingerprint() != how.hash:
         raise ValueError(f"{how.model} is another model on this machine: copy the same folder to all")
     return Drawer(pipe)

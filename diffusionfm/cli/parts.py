@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 CAPTIONS_HELP = (
@@ -29,6 +31,14 @@ def add_command(commands: Any, name: str, run: Callable[..., int], summary: str,
     )
     command.set_defaults(run=run)
     return command
+
+
+def load_loras(pipe: Any, loras: Sequence[tuple[Path, float]], any_model: bool) -> None:
+    """Add LoRAs to a pipeline, and say on standard error what is to be known about them."""
+    for source, scale in loras:
+        word = pipe.load_lora(source, scale, any_model)
+        if word:
+            print(f"note: {word}", file=sys.stderr)
 
 
 class StepBar:
@@ -65,9 +75,12 @@ class ItemBar:
 
 
 def add_model_options(command: argparse.ArgumentParser, lora: str) -> None:
-    """--model, --lora, --device and --dtype: which model draws, and on what; `lora` is the help of --lora."""
+    """--model, --lora, --lora-any, --device and --dtype: what draws, and on what; `lora` is the help of --lora."""
     command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
     command.add_argument("--lora", action="append", default=[], metavar="DIR[:SCALE]", help=lora)
+    command.add_argument(
+        "--lora-any", action="store_true", help="take LoRAs that were trained on another model, too"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     command.add_argument(
         "--dtype",

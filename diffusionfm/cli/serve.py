@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model
-from diffusionfm.cli.parts import add_command, add_model_options
+from diffusionfm.cli.parts import add_command, add_model_options, load_loras
 from diffusionfm.lora import parse_lora
 
 PORT = 8000
@@ -38,8 +38,7 @@ def serve(args: argparse.Namespace) -> int:
         pipe = DiffusionFMPipeline.from_pretrained(
             args.model, dtype=args.dtype, device=pick_device(args.device)
         )
-        for folder, scale in loras:
-            pipe.load_lora(folder, scale)
+        load_loras(pipe, loras, args.lora_any)
         _run(Engine(pipe, limits), access, listener, args.log_prompts)
     return 0
 

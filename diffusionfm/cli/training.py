@@ -26,6 +26,7 @@ def finetune(args: argparse.Namespace) -> int:
         raise ValueError(f"no such folder: {args.data}")
     check_model(args.model)
     names = ("steps", "rank", "lr", "captions", "method", "text_encoder", "trigger", "prior", "patience")
+    names += ("sample_every",)
     chosen = {name: getattr(args, name) for name in names}
     for name in ("steps", "rank", "lr"):
         if chosen[name] is not None and not chosen[name] > 0:
@@ -39,7 +40,7 @@ def finetune(args: argparse.Namespace) -> int:
         check(cfg, say)
         print(f"{args.out}: preflight.json and preflight.png; leave out --check to train")
         return 0
-    run(cfg, say=say)
+    run(cfg, say=say, bar=not args.quiet)
     use = "--model" if cfg.method == "full" else "--lora"
     print(f'{args.out}: use it with  diffusionfm generate "..." {use} {args.out}')
     return 0
@@ -153,7 +154,10 @@ def add_finetune(commands: Any) -> None:
     command.add_argument("--rank", type=int, help="LoRA rank (default: the preset's)")
     command.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--quiet", action="store_true", help="no report on the pictures")
+    command.add_argument(
+        "--sample-every", type=int, metavar="N", help="steps from sheet to sheet (default: the preset's)"
+    )
+    command.add_argument("--quiet", action="store_true", help="no report on the pictures and no progress bar")
 
 
 def add_export(commands: Any) -> None:

@@ -12,8 +12,7 @@ from torch import nn
 
 from diffusionfm import lora
 from diffusionfm.checkpoint import replace_folder, write_weights
-from diffusionfm.checks import check_model, read_json
-from diffusionfm.finetune.settings import RECORD
+from diffusionfm.checks import check_model
 from diffusionfm.pipeline import DiffusionFMPipeline
 
 FORMS = ("merged", "kohya")
@@ -48,7 +47,6 @@ def export(
         raise ValueError(f"a kohya file is NAME.safetensors and has no scale of its own, got {target}")
     folder = check_model(model)
     pipe = DiffusionFMPipeline.from_pretrained(folder, dtype="float32")
-    _check_base(source, pipe)
     pipe.load_lora(source, scale)
     expected = _picture(pipe)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +57,7 @@ def export(
             pipe.save_pretrained(aside)
             again = DiffusionFMPipeline.from_pretrained(aside, dtype="float32")
         else:
-            write_weights(aside, lora.as_kohya(lora.read_folder(source)))
+            write_weights(aside, lora.as_kohya(lora.read_folder(source)), lora.kohya_metadata(source))
             again = DiffusionFMPipeline.from_pretrained(folder, dtype="float32")
             again.load_lora(aside)
         difference = int(np.abs(_picture(again) - expected).max())
@@ -93,11 +91,3 @@ def _picture(pipe: DiffusionFMPipeline) -> np.ndarray:
     """One picture as int (y, x, 4), premultiplied: hidden colours do not count."""
     drawn = pipe(PROMPT, seed=0, num_inference_steps=STEPS).images[0]
     return np.asarray(drawn.convert("RGBa")).astype(int)
-
-
-def _check_base(source: Path, pipe: DiffusionFMPipeline) -> None:
-    """ValueError when a run's record names another base model."""
-    record = source / RECORD
-    base = read_json(record).get("base") if source.is_dir() and record.is_file() else None
-    if base not in (None, pipe.fingerprint()):
-        raise ValueError(f"{source} was trained on another model: name that one with --model")

@@ -132,7 +132,7 @@ class AdapterFlowMatching(Adapting):
                 lora_alpha=cfg.alpha or cfg.rank,
                 target_modules=target_layers(network, cfg.targets),
                 use_dora=cfg.method == "dora",
-                base_model_name_or_path=pipe.model_name,
+                **{lora.BASE_NAME: pipe.model_name, lora.BASE_HASH: pipe.base_hash or None},
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.trainer.seed)

@@ -117,8 +117,8 @@ def check(cfg: FinetuneConfig, say: Say = print) -> Preflight:
     return report
 
 
-def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print) -> Path:
-    """Fine-tune as a config says; see `finetune`.
+def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print, bar: bool = True) -> Path:
+    """Fine-tune as a config says; see `finetune`. bar: whether a progress bar is shown.
 
     Raises ValueError, before anything is written, for settings out of range, a folder without usable pictures
     and captions, and an output folder that holds anything but the same run; and TrainingDiverged.
@@ -134,7 +134,7 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
         dataset, report, shown = pictures.open_pictures(folder, size, cfg.captions, cfg.data, say)
         pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
         _say_language(report, say)
-        known = {"base": pipe.fingerprint(), **cfg.signature()}
+        known = {"base": pipe.base_hash, **cfg.signature()}
         check_record(out, known)
         samples, digest = pictures.encode(pipe, dataset, cfg.trigger, say)
     known["data"] = digest
@@ -142,7 +142,7 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print)
     if _ended(out, cfg):
         say(f"{out} is done: {read_json(out / RECORD)['ended']['why']}")
         return out
-    session = Session(cfg, pipe, samples, known, say)
+    session = Session(cfg, pipe, samples, known, say, bar)
     if session.main:
         pictures.write_preflight(out, report, shown)
     session.train(progress)
@@ -185,6 +185,7 @@ class Session:
         samples: list[Sample],
         known: dict[str, Any],
         say: Say,
+        bar: bool = True,
     ):
         self.cfg, self.say, self.known, self.count = cfg, say, known, len(samples)
         self.out = Path(cfg.trainer.output_dir)
@@ -204,7 +205,7 @@ class Session:
         batch_size, seed = cfg.trainer.batch_size, cfg.trainer.seed
         data = Batches([*train, *prior], pictures.collate, batch_size, seed, weights=weights, workers=0)
         self.trainer = Trainer(
-            cfg.trainer, self.objective, data, resolved_config=cfg,
+            cfg.trainer, self.objective, data, resolved_config=cfg, bar=bar,
             on_sample=self.judge.draw, validate=self.judge.validate,
         )  # fmt: skip
         self.judge.stop = self.trainer.stop
