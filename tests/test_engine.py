@@ -412,3 +412,44 @@ def test_nothing_is_kept_of_what_was_drawn(engine):
         gc.collect()
         time.sleep(0.01)
     assert pictures() is None
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_added_while_others_draw_is_the_one_loaded_before(
+    dora, tiny_model, tiny_pipe, tmp_path, monkeypatch
+):
+    folders = [write_lora(tiny_model, tmp_path / f"l{k}", k, use_dora=dora and k != 1) for k in range(4)]
+    expected = []
+    for folder in folders:
+        plain = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+        plain.load_lora(folder)
+        expected.append(plain("a red apple", seed=1, num_inference_steps=5).images[0])
+    bare = tiny_pipe("a red apple", seed=1, num_inference_steps=5).images[0]
+    assert not near(expected[3], bare)
+    monkeypatch.setattr("diffusionfm.serve.wardrobe.MOST_PRIVATE", 2)
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+    pipe.load_lora(folders[0])
+    gate = Gate()
+    with Engine(pipe) as engine:
+        first = engine.submit(Request("a red apple", seed=1, steps=5), on_step=gate)
+        assert gate.reached.wait(60)
+        threads = [threading.Thread(target=engine.add_lora, args=(folders[k], f"p{k}")) for k in (1, 2)]
+        for thread in threads:
+            thread.start()
+        gate.opened.set()
+        for thread in threads:
+            thread.join()
+        assert near(first.result(60).images[0], bare)
+        engine.add_lora(folders[1], "p1")  # again: nothing but used last
+        engine.add_lora(folders[3], "p3")
+        assert engine.wardrobe.private == ["p1", "p3"] and list(pipe.loras) == ["l0"]
+        with pytest.raises(ValueError, match="no LoRA 'p2' here: l0$"):
+            engine.submit(Request("x", loras=(("p2", 1.0),)))
+        for name, k in (("p1", 1), ("l0", 0), ("p3", 3), ("p1", 1)):
+            drawn = engine.submit(Request("a red apple", seed=1, steps=5, loras=((name, 1.0),)))
+            assert near(drawn.result(60).images[0], expected[k]), name
+        assert near(engine.submit(Request("a red apple", seed=1, steps=5)).result(60).images[0], bare)
+        with pytest.raises(ValueError, match="no LoRA folder"):
+            engine.add_lora(tmp_path / "nowhere", "p9")
+    with pytest.raises(Closed):
+        engine.add_lora(folders[2], "p2")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -33,7 +34,8 @@ WORK = {"cpu": 2**26, "mps": 2**28, "cuda": 2**30}
 class Engine:
     """Draws what is submitted, from any thread. Use it as a context manager, or `close` it.
 
-    LoRAs are those the pipeline was loaded with (`load_lora`); a request works with the ones it names and no other.
+    LoRAs are those the pipeline was loaded with (`load_lora`), listed to all, and those added since (`add_lora`),
+    listed to nobody; a request works with the ones it names and no other.
     The pipeline belongs to the engine: nobody else may draw with it meanwhile.
     """
 
@@ -45,6 +47,7 @@ class Engine:
         self._cap = self.limits.batch or BATCH_SIZE.get(pipe.device.type, 8)
         self._most_work = self.limits.work or WORK.get(pipe.device.type, 2**26)
         self._jobs: list[Job] = []  # in order of arrival, until settled
+        self._errands: list[tuple[Callable[[], None], Future[None]]] = []  # for the worker, between two calls
         self._turns = Turns()
         self._changed = threading.Condition()
         self._closing = self._aborted = False
@@ -85,6 +88,22 @@ class Engine:
             self._changed.notify()
         job.future.add_done_callback(partial(self._if_cancelled, job))
         return job.future
+
+    def add_lora(self, source: Path, name: str) -> None:
+        """Have a LoRA that only requests can use which know its `name`; waits until it is there.
+
+        The oldest such goes when there are too many. Raises ValueError as `load_lora`, and Closed."""
+        done: Future[None] = Future()
+
+        def add() -> None:
+            self.wardrobe.add(source, name, {lora for job in self._jobs for lora, _ in job.group[2]})
+
+        with self._changed:
+            if self._closing:
+                raise Closed("the server is shutting down")
+            self._errands.append((add, done))
+            self._changed.notify()
+        done.result()
 
     @property
     def alive(self) -> bool:
@@ -160,6 +179,9 @@ class Engine:
             with self._changed:
                 self._closing = True
                 left = [job for job in self._jobs if not job.done]
+                errands, self._errands = self._errands, []
+            for _, done in errands:
+                done.set_exception(Closed("the server stopped"))
             for job in left:
                 self._fail(job, Closed("the server stopped before these pictures were drawn"))
 
@@ -174,6 +196,7 @@ class Engine:
         """The pictures of the next call; waits for some, and gives none when it is time to stop."""
         with self._changed:
             while True:
+                self._run_errands()
                 pictures = [] if self._aborted else sorted(self._unfinished(), key=lambda p: p.turn)
                 if pictures or self._closing:
                     break
@@ -185,6 +208,16 @@ class Engine:
         group = min(groups, key=lambda one: self._served.get(one, 0))
         self._keep(pictures, group)
         return [picture for picture in pictures if picture.job.group == group][: self._cap]
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            errand, done = self._errands.pop(0)
+            with Attempt() as attempt, torch.inference_mode(False):
+                errand()
+            if attempt.error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(attempt.error)
 
     def _unfinished(self) -> list[Picture]:
         return [p for job in self._jobs if not job.future.done() for p in job.pictures if not p.done]
