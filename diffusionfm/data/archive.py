@@ -43,18 +43,21 @@ def as_folder(data: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="diffusionfm-") as made:
         folder = Path(made).resolve()
         try:
-            yield _unpack(path, folder)
+            yield unpack(path, folder)
         except ValueError as error:
             if str(folder) not in str(error):
                 raise
             raise ValueError(str(error).replace(str(folder), str(path))) from error
 
 
-def _unpack(path: Path, folder: Path) -> Path:
-    """Unpack what is wanted; returns the only folder that lies at the top, or else `folder`."""
+def unpack(path: Path, folder: Path, most: int = MAX_BYTES) -> Path:
+    """Unpack what is wanted into a new folder; returns the only folder that lies at the top of it, or else `folder`.
+
+    most: bytes that all of it may come to. ValueError as of `as_folder`."""
+    folder = folder.resolve()
     try:
         with zipfile.ZipFile(path) as archive:
-            for name, member in _wanted(archive, path, folder).items():
+            for name, member in _wanted(archive, path, folder, most).items():
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, open(target, "xb") as file:
@@ -67,7 +70,7 @@ def _unpack(path: Path, folder: Path) -> Path:
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
-def _wanted(archive: zipfile.ZipFile, path: Path, folder: Path) -> dict[str, zipfile.ZipInfo]:
+def _wanted(archive: zipfile.ZipFile, path: Path, folder: Path, most: int) -> dict[str, zipfile.ZipInfo]:
     """Plain name -> member of all that is to be unpacked, the whole directory checked."""
     members = archive.infolist()
     if len(members) > MAX_MEMBERS:
@@ -82,9 +85,9 @@ def _wanted(archive: zipfile.ZipFile, path: Path, folder: Path) -> dict[str, zip
             raise ValueError(f"{path} holds {name} twice: pack it again")
         wanted[name] = member
     total, room = sum(member.file_size for member in wanted.values()), shutil.disk_usage(folder).free
-    if total > min(MAX_BYTES, room):
+    if total > min(most, room):
         raise ValueError(
-            f"{path} unpacks to {total:,} bytes: at most {min(MAX_BYTES, room):,} fit; unpack it yourself"
+            f"{path} unpacks to {total:,} bytes: at most {min(most, room):,} fit; unpack it yourself"
         )
     return wanted
 

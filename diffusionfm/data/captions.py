@@ -33,6 +33,18 @@ def tables(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
+def replace_captions(folder: Path, captions: dict[str, str]) -> None:
+    """Make metadata.jsonl, with these captions by name, the only place that captions are read from.
+
+    Every other table and .txt goes: this is for a copy, never for the folder of a user."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in (".jsonl", ".csv", ".txt") and path.is_file():
+            path.unlink()
+    rows = [{"file_name": name, "text": " ".join(text.split())} for name, text in captions.items()]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+
 def text_beside(folder: Path, picture: Path) -> str:
     """What the .txt of a picture's name says, on one line; "" without one. ValueError for a link to the outside."""
     path = picture.with_suffix(".txt")

@@ -53,7 +53,7 @@ class FolderDataset:
             raise ValueError(f"size is {size}; it must be from 8 to 4096 pixels")
         self.folder = Path(folder)
         self.size = size
-        self.report, pictures = _scan(self.folder, size, captions, progress)
+        self.report, pictures = scan(self.folder, size, captions, progress)
         if captions == "refuse" and self.report.missing:
             raise ValueError(
                 f"{len(self.report.missing)} of {self.report.found} pictures in {folder} have no caption "
@@ -73,7 +73,7 @@ class FolderDataset:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"key", "picture" (RGBA, size x size), "caption", "meta" (name, caption_from, split)} of picture i."""
-        return _sample(self.folder, self._samples[i], i, self.size)
+        return sample_of(self.folder, self._samples[i], i, self.size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -95,8 +95,8 @@ def preflight(
     """The report on a folder as FolderDataset would use it, and its first pictures as samples, captioned or not.
 
     Every picture is decoded; missing captions are only reported. Errors as FolderDataset's about metadata."""
-    report, pictures = _scan(Path(folder), size, captions, progress)
-    return report, [_sample(Path(folder), picture, i, size) for i, picture in enumerate(pictures[:SHOWN])]
+    report, pictures = scan(Path(folder), size, captions, progress)
+    return report, [sample_of(Path(folder), picture, i, size) for i, picture in enumerate(pictures[:SHOWN])]
 
 
 def pack_folder(
@@ -171,7 +171,8 @@ def hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _sample(folder: Path, picture: Usable, i: int, size: int) -> dict[str, Any]:
+def sample_of(folder: Path, picture: Usable, i: int, size: int) -> dict[str, Any]:
+    """A usable picture as FolderDataset gives it, `i` being its place."""
     meta = {"name": picture.name, "caption_from": picture.origin, "captions": [picture.caption]}
     return {
         "key": f"{i:08d}",
@@ -181,8 +182,12 @@ def _sample(folder: Path, picture: Usable, i: int, size: int) -> dict[str, Any]:
     }
 
 
-def _scan(folder: Path, size: int, choice: str, progress: Progress | None) -> tuple[Preflight, list[Usable]]:
-    """The report, and the pictures that can be decoded, each once, in name order, captioned where possible."""
+def scan(
+    folder: Path, size: int, choice: str, progress: Progress | None = None
+) -> tuple[Preflight, list[Usable]]:
+    """The report on a folder, and the pictures that can be decoded, each once, in name order, captioned where possible.
+
+    choice: see FolderDataset; nothing is refused."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of pictures and captions")
     table = caption_sources.tables(folder)

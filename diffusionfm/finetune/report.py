@@ -62,8 +62,10 @@ class Outcome:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The whole lines of metrics.jsonl, which may still be growing."""
+    file = out / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def outcome(out: Path) -> Outcome:
@@ -130,7 +132,8 @@ def write_report(
         "<h2>Model beside adapted</h2><p>Each pair is one prompt and one seed.</p>",
         *(_figure(sheets[n], f"Step {n}" + (", the one kept" if n == found.step else "")) for n in order),
         "<h2>Losses</h2>",
-        _chart(_curves(read_metrics(out), held_out), found),
+        chart(read_metrics(out), held_out, found.step),
+        "<p>Loss by step; the dashed line is the step that is kept.</p>",
         "<h2>Pictures</h2>",
         f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in preflight.summary())}</ul>",
         _faults(preflight.faults()),
@@ -163,10 +166,13 @@ def _smooth(points: Curve, most: int = 200) -> Curve:
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _chart(curves: dict[str, Curve], found: Outcome) -> str:
-    """Curves as an inline SVG with axes, a legend, and a mark at the best step."""
+def chart(lines: Sequence[dict[str, Any]], held_out: bool, best: int) -> str:
+    """The losses of metrics.jsonl as an inline SVG with axes, a legend, and a mark at the best step."""
+    curves = _curves(lines, held_out)
     width, height, left, foot = 720, 300, 52, 28
     points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return ""
     most = max(x for x, _ in points) or 1
     low, high = min(y for _, y in points), max(y for _, y in points)
     span = (high - low) or 1
@@ -178,13 +184,13 @@ def _chart(curves: dict[str, Curve], found: Outcome) -> str:
     for k in range(5):
         y = low + span * k / 4
         line = at(0, y)[1]
-        parts.append(f'<path d="M{left} {line:.1f}H{width}" stroke="#e5e7eb"/>')
+        parts.append(f'<path d="M{left} {line:.1f}H{width}" stroke="#8888" stroke-width=".5"/>')
         parts.append(f'<text x="{left - 6}" y="{line + 4:.1f}" text-anchor="end">{y:.3f}</text>')
     for k in range(5):
         x = at(most * k / 4, low)[0]
         parts.append(f'<text x="{x:.1f}" y="{height - 4}" text-anchor="middle">{most * k / 4:.0f}</text>')
-    best = at(found.step, low)[0]
-    parts.append(f'<path d="M{best:.1f} 8V{height - foot}" stroke="#94a3b8" stroke-dasharray="4 4"/>')
+    kept = at(best, low)[0]
+    parts.append(f'<path d="M{kept:.1f} 8V{height - foot}" stroke="#94a3b8" stroke-dasharray="4 4"/>')
     for k, (name, curve) in enumerate(curves.items()):
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in curve))
         if path:
@@ -192,7 +198,7 @@ def _chart(curves: dict[str, Curve], found: Outcome) -> str:
         x = left + 160 * k
         parts.append(f'<rect x="{x}" y="{height + 8}" width="12" height="4" fill="{COLORS[name]}"/>')
         parts.append(f'<text x="{x + 18}" y="{height + 14}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>", "<p>Loss by step; the dashed line is the step that is kept.</p>"])
+    return "".join([*parts, "</svg>"])
 
 
 def _figure(file: Path, caption: str) -> str:
