@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,9 +17,14 @@ from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
 
 from . import cards
+from .adapters import pickers
 from .api import generate_endpoint
+from .batch import batch
 from .create import create
+from .finetune import finetune
 from .lane import Lane, owner_of
+from .person import person
+from .runs import ROOT, Runs
 from .theme import HEAD, css, theme
 
 NAME = "DiffusionFM Studio"
@@ -44,16 +52,19 @@ LAUNCH: dict[str, Any] = {
 """Where the studio is served and what it hands out, stated in full: nothing is left to Gradio's defaults."""
 TABS: dict[str, Callable[[Lane], Any]] = {
     "Create": create,
+    "Fine-tune": finetune,
+    "Batch": batch,
 }
 """The tabs in their order: each is a module of its name, and a function that lays out and wires what it shows."""
 
 
-def build(engine: Engine) -> gr.Blocks:
-    """The page around an engine. Serve it with `launch`."""
-    lane, pipe = Lane(engine), engine.pipe
+def build(engine: Engine, runs: Runs | None = None) -> gr.Blocks:
+    """The page around an engine, and around the long runs that people begin. Serve it with `launch`."""
+    lane, pipe = Lane(engine, runs), engine.pipe
     size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
         gr.HTML(cards.header(NAME, [f"model {pipe.model_name}", size, "transparent"]), elem_id="mast")
+        lane.person, lane.pickers = person(studio), pickers(lane)
         with gr.Tabs(elem_id="tabs"):
             for title, lay_out in TABS.items():
                 with gr.Tab(title, id=title):
@@ -88,23 +99,39 @@ def launch(studio: gr.Blocks, engine: Engine, port: int, inbrowser: bool = False
 
 
 def main(
-    port: int = 7860, model: str | None = None, device: str = "auto", open_browser: bool = False
+    port: int = 7860,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_any: bool = False,
+    runs: Path = ROOT,
 ) -> None:
     """Load a model folder (None: the shipped one) and serve the studio on 127.0.0.1 until interrupted.
 
-    Raises ValueError for a model that cannot be loaded, an absent device, or a port in use.
+    loras: (folder or file, scale) of those that everyone is offered; lora_any: also such as were trained on another
+    model. runs: the folder for what people fine-tune and draw in batches.
+    Raises ValueError for a model or a LoRA that cannot be loaded, an absent device, or a port in use.
     """
     if not 0 <= port < 65536:
         raise ValueError(f"port must be from 1 to 65535, or 0 for the next free one from 7860, got {port}")
-    engine = Engine(DiffusionFMPipeline.from_pretrained(model, device=pick_device(device)))
-    studio = build(engine)
+    pipe = DiffusionFMPipeline.from_pretrained(model, dtype=dtype, device=pick_device(device))
+    for source, scale in loras:
+        if word := pipe.load_lora(source, scale, lora_any):
+            print(f"note: {word}", flush=True)
+    engine, keeper = Engine(pipe), Runs(runs)
+    studio = build(engine, keeper)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # so that runs under way are stopped with the studio
     try:
-        launch(studio, engine, port, inbrowser=open_browser)
+        launch(studio, engine, port)
         print(f"{NAME}: {studio.local_url}  API: {studio.local_url}v1  (Ctrl+C stops it)", flush=True)
         studio.block_thread()
     except OSError as error:
         raise ValueError(f"port {port} is taken: choose another with --port") from error
     finally:
+        keeper.close()
         engine.close(timeout=0)
 
 
@@ -115,4 +142,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", help="a model folder (default: the shipped model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT, help=f"where trainings and batches are kept (default {ROOT})"
+    )
     main(**vars(parser.parse_args()))

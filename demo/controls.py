@@ -11,6 +11,8 @@ import gradio as gr
 from diffusionfm.colors import COLORS
 
 from . import cards
+from .adapters import Picker, place
+from .lane import Lane
 from .request import AS_WRITTEN, MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, NOTHING, STYLES
 
 ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
@@ -37,6 +39,7 @@ class Controls:
     negative: gr.Textbox
     steps: gr.Slider
     guidance: gr.Slider
+    adapter: Picker
     stage: gr.HTML
     status: gr.HTML
     said: gr.HTML
@@ -44,15 +47,16 @@ class Controls:
     last: gr.State
 
 
-def lay_out(defaults: Mapping[str, Any]) -> Controls:
-    """Place every component inside the open Blocks; `defaults` are the model's steps and guidance."""
+def lay_out(lane: Lane) -> Controls:
+    """Place every component inside the open Blocks."""
     with gr.Row(
         elem_classes="desk", equal_height=False
     ):  # a grid in style.css: on a phone pictures follow the prompt
         with gr.Column(min_width=240, elem_classes=["sheet", "ask"]):
             parts = _asking()
         with gr.Column(min_width=240, elem_classes=["sheet", "tune"]):
-            parts |= _looks() | _seeds() | _settings(defaults)
+            parts |= _looks() | {"adapter": place(lane.pickers["create"])} | _seeds()
+            parts |= _settings(lane.pipe.defaults)
         with gr.Column(min_width=240, elem_classes="easel"):
             parts["stage"] = gr.HTML(cards.empty(), elem_id="stage", js_on_load=TELL)
             parts["status"] = gr.HTML("", elem_id="status")

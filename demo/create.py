@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -12,6 +13,7 @@ from diffusionfm.pipeline import Cancelled
 from diffusionfm.serve.jobs import Request
 
 from . import cards
+from .adapters import Adapter, chosen, put_on
 from .controls import Controls, lay_out
 from .lane import AT_ONCE, REFUSED, Lane, Step, owner_of
 from .request import AS_WRITTEN, NOTHING, asked_for, compose, encode, seeds_in_words
@@ -22,7 +24,7 @@ Update = dict[Any, Any]
 
 def create(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks and wire it to the lane."""
-    tab = Tab(lane, lay_out(lane.pipe.defaults))
+    tab = Tab(lane, lay_out(lane))
     at = tab.at
     seen = [at.stage, at.status, at.said, at.generate, at.cancel]
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -37,7 +39,8 @@ def create(lane: Lane) -> None:
         concurrency_limit=None,  # queued, for an error of an unqueued event is not shown; yet it waits for nobody
     ).success(
         tab.draw,
-        [at.prompt, at.style, at.background, at.negative, at.seed, at.steps, at.guidance, at.count],
+        [at.prompt, at.style, at.background, at.negative, at.seed, at.steps, at.guidance, at.count]
+        + [lane.person, at.adapter.choice, at.adapter.weight],
         [*seen, at.last],
         show_progress="hidden",
         api_visibility="private",
@@ -75,7 +78,7 @@ class Tab:
                 "Type a prompt first: a red apple, for one.", title="Nothing to draw yet", duration=6
             )
         others = self.lane.enter(owner_of(request))
-        company = f"Drawing beside {others} other{'s' * (others > 1)}." if others else ""
+        company = self.lane.company(others)
         return {
             self.at.stage: cards.drawing([], count),
             self.at.status: cards.note(company) or cards.progress(0, 1, None),
@@ -95,16 +98,21 @@ class Tab:
         steps: int,
         guidance: float,
         count: int,
+        person: str,
+        adapter: str,
+        weight: float,
         request: gr.Request,
     ) -> Iterator[Update]:
         """The drawing: progress at every step, previews now and then, the pictures at last."""
         asked = asked_for(compose(prompt, style, background), negative, seed, steps, guidance, count)
         try:
+            worn = chosen(self.lane, person, adapter, weight)
+            asked = replace(asked, loras=put_on(self.lane, worn))
             for event in self.lane.draw(owner_of(request), asked):
                 if isinstance(event, Step):
                     yield self._progress(event, count)
                 else:
-                    yield self._finished(asked, event)
+                    yield self._finished(asked, event, worn)
         except Cancelled:
             yield self.clear() | {self.at.status: cards.note("Cancelled."), self.at.said: "Cancelled."}
         except REFUSED as error:
@@ -144,8 +152,9 @@ class Tab:
         line = {self.at.status: cards.progress(event.step, event.total, event.seconds_left)}
         return line | ({self.at.stage: cards.drawing(event.previews, count)} if event.previews else {})
 
-    def _finished(self, asked: Request, result: Any) -> Update:
-        files, words = encode(self.lane.pipe, asked, result), asked.prompt
+    def _finished(self, asked: Request, result: Any, worn: Adapter | None) -> Update:
+        files = encode(self.lane.pipe, asked, result, [worn.said] if worn else [])
+        words = asked.prompt
         warning = " ".join(result.warnings)
         told = f"{words} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(files) == 1 else f"{len(files)} pictures"

@@ -16,6 +16,8 @@ from diffusionfm.pipeline import Cancelled
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 
+from .runs import Runs
+
 PREVIEWS = 7
 """How many previews a drawing shows, whatever its number of steps."""
 AT_ONCE = 32
@@ -48,10 +50,15 @@ class Job:
 
 
 class Lane:
-    """Drawings of open pages. Each is known by its owner, so nobody can stop another's."""
+    """Drawings of open pages. Each is known by its owner, so nobody can stop another's.
 
-    def __init__(self, engine: Engine):
+    runs: the long ones, trainings and batches."""
+
+    def __init__(self, engine: Engine, runs: Runs | None = None):
         self.engine, self.pipe = engine, engine.pipe
+        self.runs = runs or Runs()
+        self.person: Any = None  # the component that knows whose page it is
+        self.pickers: dict[str, Any] = {}  # of adapters, by tab
         self._jobs: dict[str, Job] = {}
 
     def enter(self, owner: str) -> int:
@@ -59,6 +66,11 @@ class Lane:
         others = sum(key != owner for key in self._jobs)
         self._jobs[owner] = Job()
         return others
+
+    def company(self, others: int) -> str:
+        """A word about who else keeps the machine busy."""
+        words = f"Drawing beside {others} other{'s' * (others > 1)}." if others else ""
+        return f"{words} {self.runs.company()}".strip()
 
     def cancel(self, owner: str) -> bool:
         """Stop the owner's drawing, running or waiting, within a step; whether there was one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusionfm import __version__
 from diffusionfm.images import encode_png
 from diffusionfm.phrasing import in_style, on_background
@@ -58,8 +60,12 @@ def asked_for(
     )
 
 
-def encode(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[bytes]:
-    """The result's pictures as PNG files, alpha kept, each with all it takes to draw it again."""
+def encode(
+    pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures, loras: Sequence[str] = ()
+) -> list[bytes]:
+    """The result's pictures as PNG files, alpha kept, each with all it takes to draw it again.
+
+    loras: "name:weight" of those worn."""
     common = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
@@ -67,6 +73,7 @@ def encode(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> lis
         "guidance": asked.guidance,
         "model": pipe.model_name,
         "version": __version__,
+        **({"lora": list(loras)} if loras else {}),
     }
     return [
         encode_png(image, common | {"seed": seed, "width": image.width, "height": image.height})

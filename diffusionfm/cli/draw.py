@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
-from diffusionfm.cli.parts import Parser, StepBar, add_command, add_model_options
+from diffusionfm.cli.parts import Parser, StepBar, add_command, add_model_options, load_loras
 from diffusionfm.formats import FORMATS, Finish, pick_format
 from diffusionfm.images import write_atomic
+from diffusionfm.lora import parse_lora
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -107,8 +108,6 @@ def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
 
 def load_pipeline(args: argparse.Namespace) -> Any:
     """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported."""
-    from diffusionfm.lora import parse_lora
-
     check_settings(
         steps=args.steps, guidance=args.guidance, height=args.height, width=args.width, num_images=args.n
     )
@@ -120,8 +119,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     gc.freeze()
     gc.enable()
     pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=args.dtype, device=pick_device(args.device))
-    for folder, scale in loras:
-        pipe.load_lora(folder, scale)
+    load_loras(pipe, loras, args.lora_any)
     return pipe
 
 
@@ -129,6 +127,8 @@ def demo(args: argparse.Namespace) -> int:
     """`diffusionfm demo`: the studio, from the wheel's diffusionfm.demo or the checkout's demo folder."""
     if not 0 <= args.port <= 65535:
         raise ValueError(f"a port is from 0 to 65535, got {args.port}")
+    check_model(args.model)
+    loras = [parse_lora(text) for text in args.lora]
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the studio needs gradio: pip install 'diffusionfm[demo]'")
     if importlib.util.find_spec("diffusionfm.demo") is not None:
@@ -139,7 +139,7 @@ def demo(args: argparse.Namespace) -> int:
             raise ValueError("the studio's files are missing: install the package again")
         sys.path.insert(0, str(checkout))
         app = importlib.import_module("demo.app")
-    app.main(args.port)
+    app.main(args.port, args.model, args.device, args.dtype, loras, args.lora_any, args.runs)
     return 0
 
 
@@ -197,5 +197,15 @@ def add_settings(command: Parser) -> None:
 
 
 def add_demo(commands: Any) -> None:
-    command = add_command(commands, "demo", demo, "open the studio in a browser", "demo", "demo --port 7861")
+    command = add_command(
+        commands, "demo", demo, "open the studio in a browser", "demo", "demo --port 7861 --lora my-style"
+    )
     command.add_argument("--port", type=int, default=7860, help="on 127.0.0.1 (default 7860)")
+    command.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/studio"),
+        metavar="DIR",
+        help="where it keeps what people fine-tune and draw in batches (default runs/studio)",
+    )
+    add_model_options(command, lora="offer a LoRA to everyone; may be given several times")

@@ -1,0 +1,109 @@
+"""The picker of adapters, in Create and in Batch: a person's own, and those that the studio was opened with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusionfm.lora import CONFIG, WEIGHTS
+from diffusionfm.serve.wardrobe import Loras
+
+from .lane import Lane
+
+NONE = "none"
+MAX_WEIGHT = 2.0
+
+
+@dataclass(frozen=True)
+class Picker:
+    """The two components."""
+
+    choice: gr.Dropdown
+    weight: gr.Slider
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A chosen one. source: its folder or file. name: for people; a public one is known to the engine by it."""
+
+    name: str
+    source: Path
+    weight: float
+    public: bool
+
+    @property
+    def said(self) -> str:
+        """As a picture's file tells it."""
+        return f"{self.name}:{self.weight:g}"
+
+
+def pickers(lane: Lane) -> dict[str, Picker]:
+    """The pickers of the tabs, not placed yet: each must be known to the others' events."""
+    return {
+        name: _picker(lane, elem_id) for name, elem_id in {"create": "adapter", "batch": "b-adapter"}.items()
+    }
+
+
+def _picker(lane: Lane, elem_id: str) -> Picker:
+    choice = gr.Dropdown(
+        choices(lane, ""), value=NONE, label="Adapter", elem_id=elem_id, min_width=150, scale=3, render=False,
+    )  # fmt: skip
+    weight = gr.Slider(
+        0, MAX_WEIGHT, value=1, step=0.05, label="Weight", elem_id=f"{elem_id}-weight", min_width=130, scale=2,
+        render=False,
+    )  # fmt: skip
+    return Picker(choice, weight)
+
+
+def place(picker: Picker) -> Picker:
+    """Place a picker where the page is being laid out."""
+    with gr.Row(elem_classes="adapter"):
+        picker.choice.render()
+        picker.weight.render()
+    return picker
+
+
+def choices(lane: Lane, person: str) -> list[tuple[str, str]]:
+    """(name, value) of what a person may choose."""
+    public = [(name, f"public {name}") for name in lane.pipe.loras]
+    own = [(run.facts["name"], run.key) for run in lane.runs.all(person, "finetune") if _is_done(run.out)]
+    return [(NONE, NONE), *own, *public]
+
+
+def refreshed(lane: Lane, person: str, chosen: str | None = None) -> dict[Any, Any]:
+    """The updates of all pickers; `chosen` becomes the choice."""
+    new = {"choices": choices(lane, person)} | ({"value": chosen} if chosen else {})
+    return {picker.choice: gr.Dropdown(**new) for picker in lane.pickers.values()}
+
+
+def chosen(lane: Lane, person: str, choice: str | None, weight: float) -> Adapter | None:
+    """What was chosen. ValueError when this person has no such adapter."""
+    if choice in (None, "", NONE):
+        return None
+    name = str(choice).removeprefix("public ")
+    if name in lane.pipe.loras and str(choice).startswith("public "):
+        return Adapter(name, lane.pipe.lora_sources[name], float(weight), public=True)
+    run = lane.runs.get(person, "finetune", choice)
+    if run is None or not _is_done(run.out):
+        raise ValueError("that adapter is gone: choose another")
+    return Adapter(run.facts["name"], run.out, float(weight), public=False)
+
+
+def put_on(lane: Lane, adapter: Adapter | None) -> Loras:
+    """What a request asks the engine for, which has the adapter then. Raises what `Engine.add_lora` does."""
+    if adapter is None:
+        return ()
+    if adapter.public:
+        return ((adapter.name, adapter.weight),)
+    content = (adapter.source / WEIGHTS).read_bytes()
+    name = hashlib.sha256(str(adapter.source).encode() + content).hexdigest()[:32]
+    lane.engine.add_lora(adapter.source, name)
+    return ((name, adapter.weight),)
+
+
+def _is_done(out: Path) -> bool:
+    return (out / WEIGHTS).is_file() and (out / CONFIG).is_file()

@@ -1,0 +1,255 @@
+"""The Fine-tune tab: pictures in, looked through, trained on by the library's command, watched, taken away.
+
+A run is a folder of the person's own (runs.py) and a process; the page only shows it, so that closing or reloading
+the page changes nothing.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from diffusionfm.data.captions import TRIGGER
+from diffusionfm.finetune import RECORD, configure, load_preset
+from diffusionfm.finetune.report import REPORT
+from diffusionfm.finetune.settings import check_settings
+from diffusionfm.finetune.watch import Look, look
+from diffusionfm.lora import CONFIG, WEIGHTS
+
+from . import runcards
+from .adapters import refreshed
+from .cards import note
+from .dataset import SHEET, Rows, look_through, pictures_of, settle, take_in
+from .finetune_controls import EMPTY, Controls, lay_out
+from .lane import Lane
+from .processes import Command
+from .runs import Run, State
+from .runtab import HIDDEN, RunTab, Update, told, waiting
+
+SHEETS = 6  # a run draws about so many
+TO_CREATE = "() => document.querySelector('#tabs button[role=tab]').click()"
+
+
+def finetune(lane: Lane) -> None:
+    """Lay out the tab inside the open Blocks and wire it to the runs."""
+    at = lay_out()
+    tab = Tab(lane, at)
+    pickers = [picker.choice for picker in lane.pickers.values()]
+    everything, who = [*at.all(), *pickers], [lane.person, at.key]
+    captions = [at.missing, at.trigger]
+    slow = HIDDEN | {"show_progress": "minimal", "concurrency_limit": 4}
+    at.files.upload(tab.take, [*who, at.files, at.name, *captions], everything, **slow)
+    gr.on([at.missing.input, at.trigger.blur], tab.look, [*who, *captions], everything, **HIDDEN)
+    settings = [at.name, at.preset, at.method, at.steps, at.prior, *captions]
+    at.start.click(tab.start, [*who, at.table, *settings], everything, trigger_mode="once", **HIDDEN)
+    at.preset.input(
+        lambda preset: load_preset(preset).trainer.steps, at.preset, at.steps, queue=False, **HIDDEN
+    )
+    at.use.click(tab.use, who, pickers, **HIDDEN).then(None, js=TO_CREATE)
+    tab.wire(everything)
+
+
+class Tab(RunTab):
+    """What the tab's components do."""
+
+    kind, verb = "finetune", "Start training"
+    at: Controls
+
+    def __init__(self, lane: Lane, at: Controls):
+        form = [at.files, at.missing, at.trigger, at.name, at.preset, at.method, at.steps, at.prior]
+        super().__init__(lane, at, form)
+        self.size = lane.pipe.defaults["height"]
+
+    # -------------------------------------------------------------- pictures
+
+    @told
+    def take(self, person: str, key: str, files: list[str], name: str, missing: str, trigger: str) -> Update:
+        """Pictures were uploaded: into the draft that is open, or a new one."""
+        run = self.draft(person, key) or self.runs.new(person, self.kind, name)
+        try:
+            take_in(run, files)
+        except ValueError:
+            self.runs.delete(run)
+            raise
+        run.keep(settings={"missing": missing, "trigger": trigger})
+        return self.shown(person, run)
+
+    @told
+    def look(self, person: str, key: str, missing: str, trigger: str) -> Update:
+        """How captions are found was changed: look again, unless training has begun."""
+        run = self.draft(person, key)
+        if run is None:
+            return {}
+        run.keep(settings={"missing": missing, "trigger": trigger})
+        return self._report(run)
+
+    def _report(self, run: Run) -> Update:
+        report, rows, sheet = look_through(run, self.size, run.facts["settings"]["missing"])
+        run.keep(report=[report.summary(), report.faults()])
+        return {
+            self.at.report: runcards.lines("What is there", report.summary(), report.faults()),
+            self.at.stage: runcards.sheet(sheet, "Your pictures, as they will be learned")
+            if sheet
+            else EMPTY,
+            self.at.table: gr.Dataframe(rows, visible=bool(rows)),
+            self.at.said: f"{len(rows)} pictures looked through.",
+            **self.buttons(State("draft"), may=bool(rows)),
+        }
+
+    # -------------------------------------------------------------- training
+
+    @told
+    def start(
+        self, person: str, key: str, rows: Rows, name: str, preset: str, method: str, steps: int, prior: bool,
+        missing: str, trigger: str,
+    ) -> Update:  # fmt: skip
+        """Train on the draft that is open, or take up the run that was stopped: the same commands again."""
+        run = self.runs.get(person, self.kind, key)
+        if run is None:
+            raise ValueError("upload some pictures first")
+        if self.runs.state(run).word == "draft":
+            chosen = {
+                "missing": missing, "trigger": trigger.strip(), "preset": preset, "method": method,
+                "steps": int(steps), "prior": prior,
+            }  # fmt: skip
+            self._check(run, rows, chosen)
+            settle(run, rows, missing)
+            run.keep(
+                name=name.strip()[:60] or "my style", settings=chosen, commands=self._commands(run, chosen)
+            )
+        self.runs.start(run, run.facts["commands"])
+        return self.shown(person, run)
+
+    def _check(self, run: Run, rows: Rows, chosen: dict[str, Any]) -> None:
+        """ValueError for what the library would refuse once the run has its turn."""
+        if not chosen["trigger"] and any(TRIGGER in str(row[1]) for row in rows):
+            raise ValueError(f"captions hold {TRIGGER}: give the trigger word that stands for it")
+        keys = ("preset", "method", "steps", "trigger")
+        check_settings(configure(pictures_of(run), run.out, **{key: chosen[key] for key in keys}))
+
+    def _commands(self, run: Run, chosen: dict[str, Any]) -> list[Command]:
+        """The command lines that train, and that make a file for other programs."""
+        model = ["--model", str(Path(self.lane.pipe.config["_name_or_path"]).resolve())]
+        train = ["finetune", str(pictures_of(run)), "--out", str(run.out), *model]
+        train += ["--preset", chosen["preset"], "--method", chosen["method"], "--steps", str(chosen["steps"])]
+        train += ["--sample-every", str(max(1, chosen["steps"] // SHEETS))]
+        train += ["--captions", "skip" if chosen["missing"] == "skip" else "refuse"]
+        train += [f"--trigger={chosen['trigger']}"] if chosen["trigger"] else []
+        train += ["--prior", "1"] if chosen["prior"] else []
+        return [train, ["export", str(run.out), "--to", "kohya", "--out", str(_kohya(run)), *model]]
+
+    # -------------------------------------------------------------- which run
+
+    def reopen(self, person: str) -> Update:
+        """A page that is opened: the run under way, or else the latest; and the adapters there are."""
+        return super().reopen(person) | refreshed(self.lane, person)
+
+    def fresh(self, person: str) -> Update:
+        """An empty page for another set of pictures."""
+        at = self.at
+        blank: Update = {at.key: "", at.seen: (), at.stage: EMPTY, at.said: "A new training."}
+        blank |= dict.fromkeys((at.status, at.curves, at.report), "")
+        blank |= self.listed(person, None) | self.buttons(State("draft"), may=False, there=False)
+        blank |= self.filled(True, {at.files: None}) | self._taken(None)
+        return blank | {at.table: gr.Dataframe(visible=False)}
+
+    def delete(self, person: str, key: str) -> Update:
+        """Remove the run that is open, all it made, and its adapter from the pickers."""
+        return super().delete(person, key) | refreshed(self.lane, person, "none")
+
+    @told
+    def use(self, person: str, key: str) -> Update:
+        """Choose the run's adapter wherever one is drawn with."""
+        return refreshed(self.lane, person, key)
+
+    # -------------------------------------------------------------- what is seen
+
+    def shown(self, person: str, run: Run) -> Update:
+        """All of a run."""
+        at, facts, is_draft = self.at, run.facts, self.runs.state(run).word == "draft"
+        values = {at.name: facts["name"]} | {getattr(at, name): v for name, v in facts["settings"].items()}
+        shown: Update = {at.key: run.key, at.seen: (), at.curves: "", at.status: "", at.stage: ""}
+        shown |= self.listed(person, run) | self.filled(is_draft, values) | self._taken(None)
+        if is_draft:
+            return shown | self._report(run)
+        shown |= {
+            at.table: gr.Dataframe(visible=False),
+            at.report: runcards.lines("What is there", *facts["report"]),
+            at.stage: runcards.sheet(run.folder / SHEET, "Your pictures"),
+        }
+        return shown | self.progress(person, run, ())
+
+    def progress(self, person: str, run: Run, seen: tuple) -> Update:
+        """Status, curves and the latest sheet, as far as they are new. seen: (state, step, sheet) shown before."""
+        at, state, found = self.at, self.runs.state(run), look(run.out)
+        ended = found.best if found.words else -1
+        newest = ended if ended in found.sheets else max(found.sheets, default=-1)
+        now = (state, found.step, newest, run.said if state.busy else "")
+        if now == seen:
+            return {}
+        new: Update = {at.seen: now, at.status: self._status(run, state, found)} | self.buttons(state)
+        if found.chart and (not seen or seen[1] != found.step):
+            new[at.curves] = runcards.curves(found.chart)
+        if newest >= 0 and (not seen or seen[2] != newest):
+            kept = ", the one that is kept" if found.words else ""
+            caption = f"The model's own picture beside the adapted one, step {newest}{kept}"
+            new[at.stage] = runcards.sheet(found.sheets[newest], caption)
+        if not seen or seen[0].word != state.word:
+            new[at.said] = f"Training {state.word}. {' '.join(found.words)}"
+            if state.word == "done":
+                new |= self._taken(run) | refreshed(self.lane, person)
+        return new
+
+    def _status(self, run: Run, state: State, found: Look) -> str:
+        if state.word == "waiting":
+            return waiting(state)
+        if state.word == "failed":
+            return note(f"It failed: {run.problem}", "warn")
+        if state.word == "done":
+            return "".join(note(words) for words in found.words)
+        steps = int(run.facts["settings"]["steps"])
+        if state.word == "stopped":
+            return note(f"Stopped at step {found.step} of {steps}. Resume goes on from there.")
+        if not found.step:
+            return runcards.bar(0, steps, run.said or "Loading the model …", "Training")
+        left = found.seconds / found.step * (steps - found.step)
+        return runcards.bar(
+            found.step, steps, f"Step {found.step} of {steps}{runcards.left(left)}", "Training"
+        )
+
+    def _taken(self, run: Run | None) -> Update:
+        """The files to take away of a run that is done; of None, none."""
+        if run is None:
+            return {self.at.take: gr.File(visible=False), self.at.use: gr.Button(visible=False)}
+        packed = run.folder / f"{_kohya(run).stem}-lora.zip"
+        if not packed.is_file():
+            _pack(run.out, packed)
+        files = [file for file in (packed, _kohya(run), run.out / REPORT) if file.is_file()]
+        kept = [save_file_to_cache(file, self.at.take.GRADIO_CACHE) for file in files]
+        return {self.at.take: gr.File(kept, visible=True), self.at.use: gr.Button(visible=True)}
+
+
+def _kohya(run: Run) -> Path:
+    """The file for kohya's tools and ComfyUI."""
+    return run.folder / f"{run.key.rpartition('-')[0]}.safetensors"
+
+
+def _pack(out: Path, target: Path) -> None:
+    """A zip of a LoRA's folder: the adapter, and what tells how it came to be."""
+    names = [
+        CONFIG,
+        WEIGHTS,
+        f"text_encoder/{CONFIG}",
+        f"text_encoder/{WEIGHTS}",
+        RECORD,
+        "config.yaml",
+        REPORT,
+    ]
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            if (out / name).is_file():
+                archive.write(out / name, f"{target.stem.removesuffix('-lora')}/{name}")

@@ -1,0 +1,87 @@
+"""The library's commands as processes of their own, in a session of their own, behind whoever draws in the studio."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import diffusionfm
+from diffusionfm.images import write_atomic
+
+PATIENCE = 30.0  # seconds that a process is given to stop by itself
+NICE = 10  # so that drawing in the studio goes first
+PID = "pid"
+Command = list[str]
+"""Arguments of `diffusionfm`."""
+
+
+def begun(folder: Path, command: Command) -> subprocess.Popen:
+    """`diffusionfm COMMAND` as a process of its own. It inherits the folder's lock, and holds it while it lives."""
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(folder / "lock", "w"))
+        log, errors = (stack.enter_context(open(folder / name, "ab")) for name in ("log.txt", "errors.txt"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process = subprocess.Popen(
+            _line(command), stdin=subprocess.DEVNULL, stdout=log, stderr=errors, pass_fds=[lock.fileno()],
+            start_new_session=True, env=_environment(),
+        )  # fmt: skip
+    _step_back(process)
+    write_atomic(folder / PID, str(process.pid).encode())
+    return process
+
+
+def ask(command: Command) -> tuple[int, str, str]:
+    """Run a short command to its end: its exit code, what it said, and why it failed."""
+    process = subprocess.Popen(
+        _line(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=_environment(),
+    )  # fmt: skip
+    _step_back(process)
+    said, errors = process.communicate()
+    lines = errors.strip().splitlines() or [""]
+    return process.returncode, said, lines[-1].removeprefix("error: ")
+
+
+def _line(command: Command) -> list[str]:
+    return [sys.executable, "-m", "diffusionfm.cli", *command]
+
+
+def _environment() -> dict[str, str]:
+    package = str(Path(diffusionfm.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _step_back(process: subprocess.Popen) -> None:
+    """Let drawings in the studio go first."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+
+
+def end(folder: Path, number: int = signal.SIGTERM) -> None:
+    """Ask the process that holds a folder's lock to stop, and see to it that it does."""
+    if not is_locked(folder):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(int((folder / PID).read_text()), number)  # it leads a session of its own
+    if number != signal.SIGKILL:
+        timer = threading.Timer(PATIENCE, end, [folder, signal.SIGKILL])
+        timer.daemon = True
+        timer.start()
+
+
+def is_locked(folder: Path) -> bool:
+    if not (folder / "lock").is_file():
+        return False
+    with open(folder / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,251 @@
+"""Long runs of the library's commands, one at a time: processes in people's own folders, which outlive a page.
+
+ROOT/PERSON/KEY/ holds run.json (what was asked for), state.json (how it ended), log.txt, errors.txt, and what the
+run reads and makes. PERSON is a secret that only a browser knows, so nobody finds another's runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusionfm.images import write_atomic
+
+from .processes import PATIENCE, Command, begun, end, is_locked
+
+ROOT = Path("runs/studio")
+MOST_RUNS = 40  # that a person may keep
+MOST_WAITING = 20  # of all people
+
+
+def new_person() -> str:
+    """A secret to know a browser by."""
+    return secrets.token_hex(16)
+
+
+def is_person(text: Any) -> bool:
+    """Whether a text can be such a secret: nothing else becomes part of a path."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) is not None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and its folder."""
+
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Its name among a person's runs."""
+        return self.folder.name
+
+    @property
+    def out(self) -> Path:
+        """Where the command writes."""
+        return self.folder / "out"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is: kind, name, created, and whatever the tab put there."""
+        return _read(self.folder / "run.json")
+
+    def keep(self, **facts: Any) -> None:
+        """Add to the facts."""
+        _write(self.folder / "run.json", self.facts | facts)
+
+    @property
+    def said(self) -> str:
+        """The last line that the command said."""
+        lines = _tail(self.folder / "log.txt")
+        return lines[-1] if lines else ""
+
+    @property
+    def problem(self) -> str:
+        """Why it failed, in the command's words."""
+        lines = _tail(self.folder / "errors.txt")
+        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (told or lines or ["it ended without a word"])[-1]
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run fares: draft, waiting, running, done, stopped or failed; before: runs that go first."""
+
+    word: str
+    before: int = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether it will change by itself."""
+        return self.word in ("waiting", "running")
+
+
+class Runs:
+    """All runs below a folder, and the lane in which one after the other goes."""
+
+    def __init__(self, root: Path = ROOT):
+        self.root = root
+        self._waiting: list[Run] = []
+        self._current: Run | None = None
+        self._is_begun = False
+        self._stopped: set[Run] = set()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._worker: threading.Thread | None = None
+
+    # -------------------------------------------------------------- what there is
+
+    def new(self, person: str, kind: str, name: str) -> Run:
+        """A new run of a person. ValueError when they keep too many already."""
+        if len(self.all(person)) >= MOST_RUNS:
+            raise ValueError(f"you keep {MOST_RUNS} runs already: delete one that you no longer need")
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or kind
+        run = Run(self._home(person) / f"{slug}-{secrets.token_hex(4)}")
+        run.folder.mkdir(parents=True, mode=0o700)
+        run.keep(kind=kind, name=name.strip()[:60] or kind, created=time.time())
+        return run
+
+    def all(self, person: str, kind: str = "") -> list[Run]:
+        """A person's runs, the latest first; of one kind alone where that is given."""
+        if not is_person(person) or not self._home(person).is_dir():
+            return []
+        found = [Run(path) for path in self._home(person).iterdir() if (path / "run.json").is_file()]
+        runs = sorted(found, key=lambda run: -run.facts["created"])
+        return [run for run in runs if kind in ("", run.facts["kind"])]
+
+    def get(self, person: str, kind: str, key: str | None) -> Run | None:
+        """That run of that person."""
+        return next((run for run in self.all(person, kind) if run.key == key), None)
+
+    def delete(self, run: Run) -> None:
+        """Remove a run and all that it made. ValueError while it goes on."""
+        if self.state(run).busy:
+            raise ValueError("stop it first")
+        shutil.rmtree(run.folder)
+
+    def _home(self, person: str) -> Path:
+        if not is_person(person):
+            raise ValueError("this page does not know whose it is: load it again")
+        return (self.root / person).resolve()
+
+    # -------------------------------------------------------------- the lane
+
+    def start(self, run: Run, commands: list[Command]) -> None:
+        """Queue the commands of a run, arguments of `diffusionfm`; the same again takes up one that was stopped."""
+        with self._changed:
+            if self.state(run).busy or self._closing:
+                raise ValueError("it is under way already")
+            if len(self._waiting) >= MOST_WAITING:
+                raise ValueError(f"{MOST_WAITING} trainings and batches are waiting: try again later")
+            run.keep(commands=commands)
+            (run.folder / "state.json").unlink(missing_ok=True)
+            self._waiting.append(run)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="runs", daemon=True)
+                self._worker.start()
+            self._changed.notify()
+
+    def stop(self, run: Run) -> None:
+        """Stop a run, so that it can be taken up again."""
+        with self._changed:
+            if run in self._waiting:
+                self._waiting.remove(run)
+                _write(run.folder / "state.json", {"word": "stopped"})
+            elif run == self._current:
+                self._stopped.add(run)
+                if self._is_begun:
+                    end(run.folder)
+            elif self.state(run).word == "running":  # begun by a studio that is gone
+                end(run.folder)
+
+    def state(self, run: Run) -> State:
+        """How a run fares."""
+        with self._changed:
+            if run == self._current:
+                return State("running")
+            if run in self._waiting:
+                return State("waiting", self._waiting.index(run) + (self._current is not None))
+        if is_locked(run.folder):
+            return State("running")
+        told = _read(run.folder / "state.json").get("word")
+        return State(told or ("stopped" if "commands" in run.facts else "draft"))
+
+    def company(self) -> str:
+        """A word for those who draw meanwhile; "" when nothing is under way."""
+        run = self._current
+        if run is None:
+            return ""
+        what = "A training is" if run.facts["kind"] == "finetune" else "A batch is"
+        return f"{what} under way: it steps back for drawings, which still take longer."
+
+    def close(self) -> None:
+        """Stop what is under way; it can be taken up when the studio is opened again."""
+        with self._changed:
+            self._closing = True
+            for run in [*self._waiting, *([self._current] if self._current else [])]:
+                self.stop(run)
+            self._changed.notify()
+        if self._worker is not None:
+            self._worker.join(PATIENCE + 5)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+                run = self._current = self._waiting.pop(0)
+            try:
+                word = self._go(run)
+                with self._changed:
+                    word = "stopped" if run in self._stopped and word != "done" else word
+                    self._stopped.discard(run)
+                _write(run.folder / "state.json", {"word": word})
+            except OSError as error:  # a full disk must not end the lane
+                print(f"{run.folder}: {error}", file=sys.stderr)
+
+    def _go(self, run: Run) -> str:
+        for command in run.facts["commands"]:
+            process = begun(run.folder, command)
+            with self._changed:
+                self._is_begun = True
+                if run in self._stopped:
+                    end(run.folder)
+            code = process.wait()
+            with self._changed:
+                self._is_begun = False
+            if code or run in self._stopped:
+                return "failed"
+        return "done"
+
+
+# ------------------------------------------------------------------ small files
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(value).encode())
+
+
+def _tail(path: Path, size: int = 4096) -> list[str]:
+    """The last lines of a file that is not blank, without what a progress bar wrote over."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        text = file.read().decode("utf-8", "replace")
+    lines = (line.split("\r")[-1].strip() for line in text.splitlines())
+    return [line for line in lines if line]

@@ -1,0 +1,144 @@
+"""What the tabs of long runs have in common: which run is open, its buttons, and looks at it while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+
+from .cards import note
+from .lane import Lane
+from .runs import Run, State
+
+Update = dict[Any, Any]
+"""New values by component."""
+HIDDEN: dict[str, Any] = {
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "concurrency_limit": None,
+}
+"""Of an event that programs are not offered, and that waits for no other."""
+CONFIRM = "(...given) => confirm('Delete it and all that it made?') ? given : ['', '']"
+
+
+def told(event: Callable[..., Any]) -> Callable[..., Any]:
+    """An event whose ValueError is told to the person."""
+
+    @wraps(event)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return event(*args)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), title="Not like this", duration=12) from error
+
+    return wrapped
+
+
+class RunTab:
+    """A tab around runs of one kind. A run is known by its person and its key.
+
+    at: the tab's components, among them key, seen, timer, mine, fresh, delete, start, stop, status and said.
+    form: those that may be changed only before a run is begun. A subclass says what is shown of a run."""
+
+    kind = ""
+    verb = ""  # on the start button
+
+    def __init__(self, lane: Lane, at: Any, form: list[Any]):
+        self.lane, self.runs, self.at, self.form = lane, lane.runs, at, form
+
+    def fresh(self, person: str) -> Update:
+        """An empty page for another run."""
+        raise NotImplementedError
+
+    def shown(self, person: str, run: Run) -> Update:
+        """All of a run."""
+        raise NotImplementedError
+
+    def progress(self, person: str, run: Run, seen: tuple) -> Update:
+        """What of a run under way, or ended, is not as it was `seen`."""
+        raise NotImplementedError
+
+    def wire(self, everything: list[Any]) -> None:
+        """Connect what all such tabs have; the subclass connects the rest."""
+        at, who = self.at, [self.lane.person, self.at.key]
+        at.stop.click(self.stop, who, everything, **HIDDEN)
+        at.fresh.click(self.fresh, self.lane.person, everything, **HIDDEN)
+        at.delete.click(self.delete, who, everything, js=CONFIRM, **HIDDEN)
+        at.mine.input(self.open, [self.lane.person, at.mine], everything, **HIDDEN)
+        at.timer.tick(self.watch, [*who, at.seen], everything, queue=False, **HIDDEN)
+        page: Any = gr.context.Context.root_block
+        page.load(self.reopen, self.lane.person, everything, queue=False, **HIDDEN)
+
+    # -------------------------------------------------------------- events
+
+    def draft(self, person: str, key: str) -> Run | None:
+        """The open run, unless it was begun already."""
+        run = self.runs.get(person, self.kind, key)
+        return run if run is not None and self.runs.state(run).word == "draft" else None
+
+    @told
+    def stop(self, person: str, key: str) -> Update:
+        """Stop the run; it keeps what it has made."""
+        run = self.runs.get(person, self.kind, key)
+        if run is None:
+            return {}
+        self.runs.stop(run)
+        return {self.at.status: note("Stopping …"), self.at.stop: gr.Button(interactive=False)}
+
+    @told
+    def open(self, person: str, key: str) -> Update:
+        """Show a run of this person."""
+        run = self.runs.get(person, self.kind, key)
+        return self.fresh(person) if run is None else self.shown(person, run)
+
+    def reopen(self, person: str) -> Update:
+        """A page that is opened: the run under way, or else the latest."""
+        runs = self.runs.all(person, self.kind)
+        run = next((run for run in runs if self.runs.state(run).busy), runs[0] if runs else None)
+        return self.fresh(person) if run is None else self.shown(person, run)
+
+    @told
+    def delete(self, person: str, key: str) -> Update:
+        """Remove the run that is open and all it made."""
+        run = self.runs.get(person, self.kind, key)
+        if run is None:
+            return {}
+        self.runs.delete(run)
+        return self.fresh(person)
+
+    def watch(self, person: str, key: str, seen: tuple) -> Update:
+        """A tick: what has changed since the last."""
+        run = self.runs.get(person, self.kind, key)
+        if run is None:
+            return {self.at.timer: gr.Timer(active=False)}
+        return self.progress(person, run, tuple(seen))
+
+    # -------------------------------------------------------------- parts of what is shown
+
+    def buttons(self, state: State, may: bool = True, there: bool = True) -> Update:
+        """The buttons of a state, and the clock; may: whether a draft can be begun."""
+        word = {"stopped": "Resume", "failed": "Try again"}.get(state.word, self.verb)
+        can = state.word in ("stopped", "failed") or (state.word == "draft" and may)
+        return {
+            self.at.start: gr.Button(word, interactive=can),
+            self.at.stop: gr.Button(interactive=state.busy),
+            self.at.delete: gr.Button(interactive=there and not state.busy),
+            self.at.timer: gr.Timer(active=state.busy),
+        }
+
+    def filled(self, editable: bool, values: Update | None = None) -> Update:
+        """The form with these values, to be changed or not."""
+        given = {part: {"value": values[part]} if part in (values or {}) else {} for part in self.form}  # type: ignore[index]
+        return {part: type(part)(interactive=editable, **more) for part, more in given.items()}
+
+    def listed(self, person: str, run: Run | None) -> Update:
+        """The person's runs, this one open."""
+        mine = [(each.facts["name"], each.key) for each in self.runs.all(person, self.kind)]
+        return {self.at.mine: gr.Dropdown(choices=mine, value=run.key if run else None)}
+
+
+def waiting(state: State) -> str:
+    """A word for one whose turn has not come."""
+    return note(f"Waiting: {state.before} before it. One training or batch goes at a time.")

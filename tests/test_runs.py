@@ -1,0 +1,237 @@
+"""Long runs of the studio: one after the other, stopped, taken up again, told apart by person; datasets taken in."""
+
+from __future__ import annotations
+
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from demo import dataset, processes, runs
+from demo.runs import Run, Runs, State, new_person
+from tests.finetune_toys import draw_pictures
+
+
+@pytest.fixture
+def lane(tmp_path):
+    lane = Runs(tmp_path / "runs")
+    yield lane
+    lane.close()
+
+
+@pytest.fixture
+def sleeper(monkeypatch):
+    """Commands are shell words for this test: what counts is the process, not what it computes."""
+    monkeypatch.setattr(processes, "_line", lambda command: ["sh", "-c", command[0]])
+
+
+def until(lane: Runs, run: Run, *words: str, seconds: float = 60) -> State:
+    for _ in range(int(seconds * 20)):
+        state = lane.state(run)
+        if state.word in words:
+            return state
+        time.sleep(0.05)
+    pytest.fail(f"still {state.word}, not {words}")
+
+
+def test_people_find_their_own_runs_alone(lane, tmp_path):
+    me, you = new_person(), new_person()
+    mine = lane.new(me, "finetune", "My Style!")
+    assert mine.key.startswith("my-style-") and mine.folder.parent.name == me
+    assert lane.all(me) == [mine] and lane.all(me, "batch") == [] and lane.all(you) == []
+    assert lane.get(me, "finetune", mine.key) == mine and lane.get(you, "finetune", mine.key) is None
+    assert lane.state(mine) == State("draft")
+    (tmp_path / "secret").mkdir()
+    for bad in ("", None, "..", "../secret", me[:-1], me.upper() + "x", f"{me}/..", 7, [me]):
+        assert lane.all(bad) == []
+        with pytest.raises(ValueError, match="load it again"):
+            lane.new(bad, "finetune", "x")
+    for bad in ("..", "", None, "../" + mine.key):
+        assert lane.get(me, "finetune", bad) is None
+
+
+def test_too_many_runs_are_refused_and_deleted_ones_make_room(lane, monkeypatch):
+    monkeypatch.setattr(runs, "MOST_RUNS", 2)
+    me = new_person()
+    first, _ = lane.new(me, "batch", "a"), lane.new(me, "finetune", "b")
+    with pytest.raises(ValueError, match="delete one"):
+        lane.new(me, "batch", "c")
+    lane.delete(first)
+    assert not first.folder.exists()
+    lane.new(me, "batch", "c")
+
+
+def test_one_at_a_time_in_the_order_of_their_coming(lane, sleeper):
+    me, you = new_person(), new_person()
+    first, second, third = (
+        lane.new(me, "finetune", "1"),
+        lane.new(you, "batch", "2"),
+        lane.new(me, "batch", "3"),
+    )
+    lane.start(first, [["sleep 0.6; echo one"], ["echo two"]])
+    until(lane, first, "running")
+    lane.start(second, [["echo 'error: no good' >&2; exit 2"], ["echo never"]])
+    lane.start(third, [["echo three"]])
+    assert lane.state(second) == State("waiting", 1) and lane.state(third) == State("waiting", 2)
+    assert "training is under way" in lane.company()
+    for busy in (first, second):
+        with pytest.raises(ValueError, match="under way"):
+            lane.start(busy, [["echo"]])
+        with pytest.raises(ValueError, match="stop it first"):
+            lane.delete(busy)
+    until(lane, third, "done")
+    assert (lane.state(first).word, lane.state(second).word) == ("done", "failed")
+    assert (first.said, second.said, second.problem) == ("two", "", "no good")
+    assert lane.company() == ""
+
+
+def test_stopping_ends_the_process_and_the_next_goes_on(lane, sleeper):
+    me = new_person()
+    first, second = lane.new(me, "batch", "1"), lane.new(me, "batch", "2")
+    lane.start(first, [["echo $$; exec sleep 100"]])
+    lane.start(second, [["echo $$; exec sleep 100"]])
+    until(lane, first, "running")
+    while not first.said:
+        time.sleep(0.02)
+    assert os.getpriority(os.PRIO_PROCESS, int(first.said)) == min(
+        19, os.getpriority(os.PRIO_PROCESS, 0) + processes.NICE
+    )
+    lane.stop(first)
+    assert until(lane, first, "stopped") and until(lane, second, "running")
+    assert not Path(f"/proc/{first.said}/cmdline").exists()
+    lane.start(first, [["echo again"]])
+    lane.stop(first)  # before its turn has come
+    assert lane.state(first).word == "stopped"
+    lane.stop(second)
+    until(lane, second, "stopped")
+    lane.start(first, [["echo again"]])
+    until(lane, first, "done")
+
+
+def test_who_does_not_listen_is_killed(lane, sleeper, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    run = lane.new(new_person(), "batch", "1")
+    lane.start(run, [["trap '' TERM; echo up; sleep 100; sleep 100"]])
+    while not run.said:
+        time.sleep(0.02)
+    lane.stop(run)
+    assert until(lane, run, "stopped", seconds=20)
+
+
+def test_a_run_that_outlives_its_studio_is_seen_stopped_and_not_begun_twice(tmp_path, sleeper):
+    me, gone = new_person(), Runs(tmp_path / "runs")
+    run = gone.new(me, "finetune", "1")
+    gone.start(run, [["echo up; exec sleep 100"]])
+    while not run.said:
+        time.sleep(0.02)
+    gone._worker = None  # that studio is no more
+    again = Runs(tmp_path / "runs")
+    assert again.all(me) == [run] and again.state(run).word == "running"
+    with pytest.raises(ValueError, match="under way"):
+        again.start(run, [["echo"]])
+    again.stop(run)
+    assert until(again, run, "stopped", "failed")
+
+
+def test_closing_the_studio_stops_its_runs(tmp_path, sleeper):
+    lane, me = Runs(tmp_path / "runs"), new_person()
+    first, second = lane.new(me, "batch", "1"), lane.new(me, "batch", "2")
+    lane.start(first, [["echo up; exec sleep 100"]])
+    lane.start(second, [["echo up; exec sleep 100"]])
+    while not first.said:
+        time.sleep(0.02)
+    lane.close()
+    assert [Runs(tmp_path / "runs").state(run).word for run in (first, second)] == ["stopped", "stopped"]
+
+
+# ------------------------------------------------------------------ datasets
+
+
+@pytest.fixture
+def draft(lane):
+    return lane.new(new_person(), "finetune", "mine")
+
+
+def test_pictures_and_captions_become_a_table_and_are_trained_on_as_it_says(draft, tmp_path):
+    folder = draw_pictures(tmp_path / "mine", 4)
+    (folder / "circle 03.txt").unlink()
+    before = sorted(path.name for path in folder.iterdir())
+    dataset.take_in(draft, [str(path) for path in folder.iterdir()])
+    report, rows, sheet = dataset.look_through(draft, 32, "name")
+    assert [row[1] for row in rows] == [
+        "a red circle, my style",
+        "a blue circle, my style",
+        "a green circle, my style",
+        "circle",
+    ]
+    assert report.missing == [rows[3][0]] and Image.open(sheet).width > 100
+    rows[0][1], rows[1][1] = "a ruby", ""
+    with pytest.raises(ValueError, match=f"no caption: {rows[1][0]}"):
+        dataset.settle(draft, rows, "refuse")
+    dataset.settle(draft, [*rows, ["../../outside.png", "x"]], "skip")
+    _, again, _ = dataset.look_through(draft, 32, "skip")
+    assert [row[1] for row in again] == ["a ruby", "", "a green circle, my style", "circle"]
+    assert sorted(path.name for path in folder.iterdir()) == before
+    with pytest.raises(ValueError, match="write some in the table"):
+        dataset.settle(draft, [[name, " "] for name, _ in rows], "skip")
+
+
+def test_a_zip_keeps_its_folders_and_tables(draft, tmp_path):
+    folder = draw_pictures(tmp_path / "mine", 3)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in folder.glob("*.[pj]*g"):
+            archive.write(path, f"train/{path.name}")
+        archive.writestr("metadata.csv", "file_name,text\ntrain/circle 01.png,one\n")
+    dataset.take_in(draft, [str(tmp_path / "set.zip")])
+    _, rows, _ = dataset.look_through(draft, 32, "trigger")
+    assert dict(rows)["train/circle 01.png"] == "one" and list(dict(rows).values()).count("[trigger]") == 2
+    dataset.settle(draft, rows, "trigger")
+    assert dataset.look_through(draft, 32, "refuse")[1] == rows
+
+
+def refuse_outside(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../evil.png", b"x")
+
+
+def refuse_growth(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for k in range(40):
+            archive.writestr(f"{k}.png", bytes(15 * 2**20))
+
+
+def refuse_text(path: Path) -> None:
+    path.write_bytes(b"no zip")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(refuse_outside, "leads outside"), (refuse_growth, "at most"), (refuse_text, "is not a zip")],
+)
+def test_bad_zips_are_refused_by_name_and_leave_nothing(spoil, words, draft, tmp_path):
+    spoil(tmp_path / "bad.zip")
+    with pytest.raises(ValueError, match=words) as caught:
+        dataset.take_in(draft, [str(tmp_path / "bad.zip")])
+    assert str(tmp_path) not in str(caught.value) and "bad.zip" in str(caught.value)
+    assert not [path for path in (draft.folder / "pictures").rglob("*") if path.is_file()]
+    assert not (tmp_path / "evil.png").exists()
+
+
+def test_files_that_are_no_pictures_are_refused(draft, tmp_path, monkeypatch):
+    (tmp_path / "a.svg").write_text("<svg/>")
+    (tmp_path / "a.txt").write_text("a red apple")
+    with pytest.raises(ValueError, match="a.svg is neither"):
+        dataset.take_in(draft, [str(tmp_path / "a.svg")])
+    with pytest.raises(ValueError, match="no picture among"):
+        dataset.take_in(draft, [str(tmp_path / "a.txt")])
+    monkeypatch.setattr(dataset, "MOST_PICTURES", 2)
+    with pytest.raises(ValueError, match="3 pictures: the studio takes 2"):
+        dataset.take_in(draft, [str(p) for p in draw_pictures(tmp_path / "mine", 3).iterdir()])
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (25_000, 25_000)).save(bomb)
+    dataset.take_in(draft, [str(bomb)])
+    report, rows, sheet = dataset.look_through(draft, 32, "name")
+    assert rows == [] and sheet is None and "pixels" in report.unreadable[0][1]
