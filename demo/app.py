@@ -121,9 +121,7 @@ def main(
             print(f"note: {word}", flush=True)
     engine, keeper = Engine(pipe), Runs(runs)
     studio = build(engine, keeper)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # so that runs under way are stopped with the studio
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # stop what is under way, as Ctrl+C does
     try:
         launch(studio, engine, port)
         print(f"{NAME}: {studio.local_url}  API: {studio.local_url}v1  (Ctrl+C stops it)", flush=True)
@@ -131,6 +129,7 @@ def main(
     except OSError as error:
         raise ValueError(f"port {port} is taken: choose another with --port") from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         keeper.close()
         engine.close(timeout=0)
 

@@ -169,7 +169,7 @@ class Tab(RunTab):
         at, state, found = self.at, self.runs.state(run), look(run.out, LIVE)
         now = (state, found.done + found.failed)
         if now == seen:
-            return {}
+            return self.same
         new: Update = {at.seen: now, at.status: self._status(run, state, found)} | self.buttons(state)
         new[at.stage] = _pictures(run, found) or EMPTY
         if not seen or seen[0].word != state.word:

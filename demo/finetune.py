@@ -49,7 +49,7 @@ def finetune(lane: Lane) -> None:
     at.preset.input(
         lambda preset: load_preset(preset).trainer.steps, at.preset, at.steps, queue=False, **HIDDEN
     )
-    at.use.click(tab.use, who, pickers, **HIDDEN).then(None, js=TO_CREATE)
+    at.use.click(tab.use, who, pickers, **HIDDEN).then(None, js=TO_CREATE, queue=False, **HIDDEN)
     tab.wire(everything)
 
 
@@ -83,7 +83,7 @@ class Tab(RunTab):
         """How captions are found was changed: look again, unless training has begun."""
         run = self.draft(person, key)
         if run is None:
-            return {}
+            return self.same
         run.keep(settings={"missing": missing, "trigger": trigger})
         return self._report(run)
 
@@ -190,7 +190,7 @@ class Tab(RunTab):
         newest = ended if ended in found.sheets else max(found.sheets, default=-1)
         now = (state, found.step, newest, run.said if state.busy else "")
         if now == seen:
-            return {}
+            return self.same
         new: Update = {at.seen: now, at.status: self._status(run, state, found)} | self.buttons(state)
         if found.chart and (not seen or seen[1] != found.step):
             new[at.curves] = runcards.curves(found.chart)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,6 @@ def begun(folder: Path, command: Command) -> subprocess.Popen:
             _line(command), stdin=subprocess.DEVNULL, stdout=log, stderr=errors, pass_fds=[lock.fileno()],
             start_new_session=True, env=_environment(),
         )  # fmt: skip
-    _step_back(process)
     write_atomic(folder / PID, str(process.pid).encode())
     return process
 
@@ -42,26 +42,20 @@ def ask(command: Command) -> tuple[int, str, str]:
         _line(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=_environment(),
     )  # fmt: skip
-    _step_back(process)
     said, errors = process.communicate()
     lines = errors.strip().splitlines() or [""]
     return process.returncode, said, lines[-1].removeprefix("error: ")
 
 
 def _line(command: Command) -> list[str]:
-    return [sys.executable, "-m", "diffusionfm.cli", *command]
+    first = ["nice", "-n", str(NICE)] if shutil.which("nice") else []
+    return [*first, sys.executable, "-m", "diffusionfm.cli", *command]
 
 
 def _environment() -> dict[str, str]:
     package = str(Path(diffusionfm.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-
-
-def _step_back(process: subprocess.Popen) -> None:
-    """Let drawings in the studio go first."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
 
 def end(folder: Path, number: int = signal.SIGTERM) -> None:

@@ -73,6 +73,11 @@ class RunTab:
 
     # -------------------------------------------------------------- events
 
+    @property
+    def same(self) -> Update:
+        """Nothing new; Gradio would take an empty dict for a value."""
+        return {self.at.timer: gr.skip()}
+
     def draft(self, person: str, key: str) -> Run | None:
         """The open run, unless it was begun already."""
         run = self.runs.get(person, self.kind, key)
@@ -83,7 +88,7 @@ class RunTab:
         """Stop the run; it keeps what it has made."""
         run = self.runs.get(person, self.kind, key)
         if run is None:
-            return {}
+            return self.same
         self.runs.stop(run)
         return {self.at.status: note("Stopping …"), self.at.stop: gr.Button(interactive=False)}
 
@@ -104,7 +109,7 @@ class RunTab:
         """Remove the run that is open and all it made."""
         run = self.runs.get(person, self.kind, key)
         if run is None:
-            return {}
+            return self.same
         self.runs.delete(run)
         return self.fresh(person)
 

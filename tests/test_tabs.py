@@ -1,0 +1,213 @@
+"""The Fine-tune and Batch tabs without a browser: what their events do, with real runs of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+
+import gradio as gr
+
+from demo import batch, batch_controls, finetune, finetune_controls, processes
+from demo.adapters import choices, chosen, pickers, put_on
+from demo.lane import Lane
+from demo.person import person
+from demo.runs import Runs, new_person
+from diffusionfm.images import read_parameters
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
+from tests.finetune_toys import draw_pictures
+from tests.test_engine import near, write_lora
+
+ME, YOU = new_person(), new_person()
+CAPTIONS = ("name", "")
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_model, tmp_path_factory):
+    """(lane, the Fine-tune tab, the Batch tab) around an engine of their own."""
+    runs = Runs(tmp_path_factory.mktemp("studio") / "runs")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Engine(DiffusionFMPipeline.from_pretrained(tiny_model)) as engine,
+    ):
+        patch.setattr(processes, "NICE", 0)
+        lane = Lane(engine, runs)
+        with gr.Blocks() as page:
+            lane.person, lane.pickers = person(page), pickers(lane)
+            tabs = (
+                finetune.Tab(lane, finetune_controls.lay_out()),
+                batch.Tab(lane, batch_controls.lay_out(lane)),
+            )
+        yield lane, *tabs
+        runs.close()
+
+
+@pytest.fixture
+def done(studio, tmp_path):
+    """A training of mine that is done, its adapter written by hand."""
+    lane, *_ = studio
+    run = lane.runs.new(ME, "finetune", "rings")
+    write_lora(lane.pipe.config["_name_or_path"], run.out, seed=3)
+    yield run
+    lane.runs.delete(run)
+
+
+def value(update: dict, part: object) -> object:
+    """What an event sets of a component: its value, or the update."""
+    found = update[part]
+    return found.constructor_args if hasattr(found, "constructor_args") else found
+
+
+def watched(tab, key: str, *words: str, seconds: float = 400) -> dict:
+    """Tick until the run is in one of these states; all that was shown."""
+    shown: dict = {}
+    for _ in range(int(seconds * 4)):
+        shown |= tab.watch(ME, key, shown.get(tab.at.seen, ()))
+        if shown[tab.at.seen][0].word in words:
+            return shown
+        time.sleep(0.25)
+    pytest.fail(f"still {shown[tab.at.seen]}")
+
+
+# ------------------------------------------------------------------ adapters
+
+
+def test_an_adapter_is_offered_to_its_owner_alone_and_draws_as_it_should(studio, done, tiny_model):
+    lane, *_ = studio
+    assert choices(lane, ME) == [("none", "none"), ("rings", done.key)]
+    assert choices(lane, YOU) == choices(lane, "") == [("none", "none")]
+    for who, key in ((YOU, done.key), (ME, "rings"), (ME, "public rings"), (ME, f"../{ME}/{done.key}")):
+        with pytest.raises(ValueError, match="is gone"):
+            chosen(lane, who, key, 1.0)
+    assert chosen(lane, ME, "none", 1.0) is None and put_on(lane, None) == ()
+    adapter = chosen(lane, ME, done.key, 0.5)
+    assert adapter.said == "rings:0.5"
+    loras = put_on(lane, adapter)
+    drawn = lane.engine.submit(Request("a red apple", seed=1, steps=4, loras=loras)).result(60).images[0]
+    plain = DiffusionFMPipeline.from_pretrained(tiny_model)
+    bare = plain("a red apple", seed=1, num_inference_steps=4).images[0]
+    plain.load_lora(done.out, 0.5)
+    assert near(drawn, plain("a red apple", seed=1, num_inference_steps=4).images[0]) and not near(
+        drawn, bare
+    )
+    assert not lane.pipe.loras and "rings" not in loras[0][0]  # the API neither lists nor knows it
+
+
+def test_a_page_that_is_opened_shows_nothing_of_others(studio, done):
+    lane, tab, _ = studio
+    for who in ("", YOU):
+        shown = tab.reopen(who)
+        assert shown[tab.at.key] == "" and value(shown, tab.at.mine)["choices"] == []
+    for event in (tab.stop, tab.delete, tab.use, tab.open):
+        event(YOU, done.key)
+    assert done.folder.is_dir() and lane.runs.get(ME, "finetune", done.key) == done
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
+    lane, tab, rows = studio
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(gr.Error, match="no picture"):
+        tab.take(ME, "", [str(tmp_path / "a.txt")], "x", *CAPTIONS)
+    with pytest.raises(gr.Error, match="upload some pictures"):
+        tab.start(ME, "", [], "x", "laptop", "lora", 10, False, *CAPTIONS)
+    files = [str(path) for path in draw_pictures(tmp_path / "mine", 2).iterdir()]
+    with pytest.raises(gr.Error, match="load it again"):
+        tab.take("../x", "", files, "x", *CAPTIONS)
+    key = tab.take(ME, "", files, "x", *CAPTIONS)[tab.at.key]
+    table = [["circle 00.jpg", "[trigger]"]]
+    for settings, words in (
+        (("laptop", "lora", 10, False, "name", ""), "give the trigger word"),
+        (("laptop", "lora", 10, False, "name", "two words"), "one short word"),
+        (("laptop", "lora", 0, False, "name", "zkw"), "steps must be"),
+        (("laptop", "lora", 10**9, False, "name", "zkw"), "steps must be"),
+        (("laptop", "ia3", 10, False, "name", "zkw"), "method must be"),
+    ):
+        with pytest.raises(gr.Error, match=words):
+            tab.start(ME, key, table, "x", *settings)
+    assert lane.runs.state(lane.runs.get(ME, "finetune", key)).word == "draft"
+    tab.delete(ME, key)
+    good = ("a red apple", None, 1, 0, "png", "folder", "none", 1.0)
+    for k, bad, words in (
+        (0, " \n", "write a prompt"),
+        (1, str(tmp_path / "rows.exe"), "rows come as"),
+        (2, 0, "images must be"),
+        (3, -1, "seed must be"),
+        (4, "bmp", "bmp"),
+        (5, "../out", "unknown output"),
+        (6, "public nowhere", "is gone"),
+        (0, "{" + "|".join(f"a{k}" for k in range(9000)) + "}\nb\n" * 1500, "the studio draws"),
+    ):
+        asked = [*good[:k], bad, *good[k + 1 :]]
+        with pytest.raises(gr.Error, match=words):
+            rows.start(ME, "", *asked)
+    assert lane.runs.all(ME) == []
+
+
+# ------------------------------------------------------------------ from end to end
+
+
+@pytest.mark.slow
+def test_pictures_become_an_adapter(studio, tmp_path):
+    lane, tab, rows = studio
+    at = tab.at
+    pictures = draw_pictures(tmp_path / "mine", 12)
+    key = tab.take(ME, "", [str(path) for path in pictures.iterdir()], "rings", *CAPTIONS)[at.key]
+    table = value(tab.look(ME, key, *CAPTIONS), at.table)["value"]
+    table[0][1] = "a ruby ring"
+    shown = tab.start(ME, key, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
+    assert value(shown, at.stop)["interactive"] and value(shown, at.timer)["active"]
+    while not watched(tab, key, "running", "failed")[at.seen][1]:
+        time.sleep(0.3)
+    assert "training is under way" in lane.company(0)
+    tab.stop(ME, key)
+    shown = watched(tab, key, "stopped")
+    assert "Resume goes on" in shown[at.status] and "<svg" in shown[at.curves]
+    assert value(shown, at.start)["value"] == "Resume"
+    tab.start(ME, key, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
+    shown = watched(tab, key, "done", "failed")
+    assert "It took all 60 steps" in shown[at.status] and "the one that is kept" in shown[at.stage], shown[
+        at.status
+    ]
+    names = [Path(file).name for file in value(shown, at.take)["value"]]
+    assert names == ["rings-lora.zip", "rings.safetensors", "report.html"]
+    run = lane.runs.get(ME, "finetune", key)
+    captions = (run.folder / "pictures/metadata.jsonl").read_text().splitlines()
+    assert json.loads(captions[0])["text"] == "a ruby ring" and len(captions) == 12
+    assert ("rings", key) in value(shown, lane.pickers["create"].choice)["choices"]
+
+    asked = ("a red circle, my style\na {blue|green} circle", None, 1, 5, "png", "folder", key, 0.8)
+    planned = list(rows.plan(ME, "", *asked))
+    assert "3 rows, 3 pictures: 3 to make" in planned[-1][rows.at.report]
+    batch_key = planned[0][rows.at.key]
+    rows.start(ME, batch_key, *asked)
+    shown = watched(rows, batch_key, "done", "failed")
+    assert "3 pictures drawn" in shown[rows.at.status] and shown[rows.at.stage].count("<img") == 3
+    with zipfile.ZipFile(value(shown, rows.at.take)["value"][0]) as archive:
+        found = [name for name in archive.namelist() if name.endswith(".png") and "sheets" not in name]
+        with archive.open(found[0]) as file:
+            assert read_parameters(file)["lora"] == ["out:0.8"]
+        assert len(found) == 3 and any(name.endswith("manifest.jsonl") for name in archive.namelist())
+    assert rows.open(YOU, batch_key)[rows.at.key] == ""
+
+
+@pytest.mark.slow
+def test_a_failed_row_is_told_and_tried_again(studio):
+    _, _, tab = studio
+    asked = ("a red apple\nyellow star --s 0\n", None, 1, 0, "webp", "webdataset", "none", 1.0)
+    shown = tab.start(ME, "", *asked)
+    key = shown[tab.at.key]
+    shown = watched(tab, key, "failed", "done")
+    assert "1 pictures drawn, 1 failed" in shown[tab.at.status] and "steps must be" in shown[tab.at.status]
+    assert value(shown, tab.at.start)["value"] == "Try again"
+    assert [Path(file).name for file in value(shown, tab.at.take)["value"]][0] == "00000.tar"
+    assert "The first pictures" in shown[tab.at.stage]
