@@ -20,7 +20,7 @@ PLACES = {"files in a zip": "folder", "WebDataset shards": "webdataset", "Parque
 MOST_EACH = 20
 EVERY = 2.0  # seconds between looks at a run
 EXAMPLE = "a {red|blue|green} apple\na flat emoji of a smiling cat --d 7\na 3D emoji of a rocket --s 20 --l 5"
-EMPTY = runcards.empty("A picture for every line.", "Write some prompts, look at the plan, draw them all.")
+EMPTY = runcards.empty("A picture for every line.", "Write some prompts, see the plan, draw them all.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _rows() -> dict[str, Any]:
         "what to leave out.",
     )  # fmt: skip
     file = gr.File(
-        label=f"or a file of rows: {', '.join(FORMATS)}", file_types=[*FORMATS], elem_id="b-file", height=110
+        label=f"or a file of rows: {', '.join(FORMATS)}", file_types=[*FORMATS], elem_id="b-file", height=150
     )
     return {"mine": mine, "fresh": fresh, "delete": delete, "rows": rows, "file": file}
 
@@ -113,7 +113,7 @@ def _settings(lane: Lane) -> dict[str, Any]:
     parts["format"] = gr.Radio([*KINDS.items()], value="png", label="Pictures as", elem_id="b-format")
     parts["to"] = gr.Radio([*PLACES.items()], value="folder", label="Handed over as", elem_id="b-to")
     with gr.Row(elem_classes="actions"):
-        parts["plan"] = gr.Button("Look at the plan", size="lg", scale=2, min_width=120, elem_id="b-plan")
+        parts["plan"] = gr.Button("Plan", size="lg", scale=2, min_width=120, elem_id="b-plan")
         parts["start"] = gr.Button(
             "Draw them", variant="primary", size="lg", scale=2, min_width=110, elem_id="b-start"
         )

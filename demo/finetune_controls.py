@@ -86,7 +86,7 @@ def _pictures() -> dict[str, Any]:
         delete = gr.Button("Delete", elem_id="ft-delete", interactive=False, **small)
     files = gr.File(
         label="Pictures with their captions, or a zip",
-        file_count="multiple", file_types=KINDS, elem_id="ft-files", height=150,
+        file_count="multiple", file_types=KINDS, elem_id="ft-files", height=170,
     )  # fmt: skip
     missing = gr.Radio(
         [*MISSING.items()], value="name", label="The caption of a picture without one", elem_id="ft-missing"
