@@ -32,6 +32,28 @@ MASS = frozenset(
 )
 
 
+def plural(phrase: str) -> str:
+    """A phrase in the plural: "red star" -> "red stars", "box" -> "boxes", "mouse" -> "mice"."""
+    head, _, last = phrase.rpartition(" ")
+    if last in IRREGULAR:
+        many = IRREGULAR[last]
+    elif re.search(r"(s|x|z|ch|sh)$", last):
+        many = f"{last}es"
+    elif re.search(r"[^aeiou]y$", last):
+        many = f"{last[:-1]}ies"
+    else:
+        many = f"{last}s"
+    return f"{head} {many}".strip()
+
+
+IRREGULAR = {
+    "mouse": "mice", "man": "men", "woman": "women", "child": "children", "person": "people", "foot": "feet",
+    "tooth": "teeth", "goose": "geese", "knife": "knives", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves",
+    "ox": "oxen", "fish": "fish", "sheep": "sheep", "deer": "deer", "potato": "potatoes", "tomato": "tomatoes",
+    "cactus": "cacti", "bison": "bison", "shrimp": "shrimp", "squid": "squid",
+}  # fmt: skip
+
+
 def in_style(style: str, phrase: str) -> str:
     """A phrase drawn in a style: "a flat emoji of a cat"."""
     return f"{article(style)} of {phrase}"
