@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -41,6 +42,10 @@ LAUNCH: dict[str, Any] = {
     "quiet": True,
 }
 """Where the studio is served and what it hands out, stated in full: nothing is left to Gradio's defaults."""
+TABS: dict[str, Callable[[Lane], Any]] = {
+    "Create": create,
+}
+"""The tabs in their order: each is a module of its name, and a function that lays out and wires what it shows."""
 
 
 def build(engine: Engine) -> gr.Blocks:
@@ -49,7 +54,10 @@ def build(engine: Engine) -> gr.Blocks:
     size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
         gr.HTML(cards.header(NAME, [f"model {pipe.model_name}", size, "transparent"]), elem_id="mast")
-        create(lane)
+        with gr.Tabs(elem_id="tabs"):
+            for title, lay_out in TABS.items():
+                with gr.Tab(title, id=title):
+                    lay_out(lane)
         generate_endpoint(lane)
 
         def leave(request: gr.Request) -> None:
