@@ -106,9 +106,11 @@ class DiffusionFMPipeline(DiffusionPipeline):
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        fast: bool = False,
     ) -> DiffusionFMPipeline:
         """Load a pipeline folder; None is the shipped model. Nothing is downloaded, unpickled or run from it.
 
+        fast: with the folder's few-step adapter, whose steps and guidance become the defaults.
         dtype: of the denoiser and text encoder, "float32", "bfloat16" or "auto" (see `default_dtype`).
         device: where to run, None the CPU. Raises ValueError, one line, for a folder that cannot be used.
         """
@@ -119,8 +121,12 @@ class DiffusionFMPipeline(DiffusionPipeline):
         with _quiet():
             parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
         pipe = cls(**parts)
-        pipe.defaults = read_defaults(folder)
-        pipe.model_name = folder.resolve().name
+        pipe.defaults, pipe.model_name = read_defaults(folder), folder.resolve().name
+        if fast:
+            from diffusionfm.lora import merge_few_step
+
+            pipe.defaults |= merge_few_step(pipe.transformer, folder)
+            pipe.model_name += "-fast"
         pipe.register_to_config(_name_or_path=str(folder))
         return pipe.to(where)
 
