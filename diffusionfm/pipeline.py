@@ -94,6 +94,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.model_name = "unnamed"
         self.loras: dict[str, float] = {}
         self.lora_sources: dict[str, Path] = {}
+        self.fast = False
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -122,6 +123,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
             parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
         pipe = cls(**parts)
         pipe.defaults, pipe.model_name = read_defaults(folder), folder.resolve().name
+        pipe.fast = fast
         if fast:
             from diffusionfm.lora import merge_few_step
 

@@ -119,7 +119,9 @@ def load_pipeline(args: argparse.Namespace) -> Any:
 
     gc.freeze()
     gc.enable()
-    pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=args.dtype, device=pick_device(args.device))
+    pipe = DiffusionFMPipeline.from_pretrained(
+        args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
+    )
     for folder, scale in loras:
         pipe.load_lora(folder, scale)
     return pipe

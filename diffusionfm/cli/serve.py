@@ -36,7 +36,7 @@ def serve(args: argparse.Namespace) -> int:
         from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
 
         pipe = DiffusionFMPipeline.from_pretrained(
-            args.model, dtype=args.dtype, device=pick_device(args.device)
+            args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
         )
         for folder, scale in loras:
             pipe.load_lora(folder, scale)
