@@ -38,6 +38,8 @@ PIECES = {
     "ranks",
     "cost",
     "gpus",
+    "phrasing",
+    "vocabulary",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
 USERS = {"batch", "evaluate", "serve", "finetune"}
