@@ -63,7 +63,7 @@ def build(engine: Engine) -> gr.Blocks:
         def leave(request: gr.Request) -> None:
             lane.leave(owner_of(request))
 
-        studio.unload(leave)  # who closes the page draws no more
+        studio.unload(leave)  # who closes the page, and does not come back, draws no more
     return studio.queue(max_size=64, default_concurrency_limit=4, api_open=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from diffusionfm.checks import (
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
 from diffusionfm.images import write_atomic
 from diffusionfm.text import encode_prompts, truncated_words
+from diffusionfm.vocabulary import FILE, Vocabulary
 
 DTYPES = {
     "auto": None,
@@ -95,6 +96,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.loras: dict[str, float] = {}
         self.lora_sources: dict[str, Path] = {}
         self.fast = False
+        self.vocabulary: Vocabulary | None = None  # of a model whose folder lists its words
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -129,6 +131,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
 
             pipe.defaults |= merge_few_step(pipe.transformer, folder)
             pipe.model_name += "-fast"
+        pipe.vocabulary = Vocabulary.read(folder / FILE)
         pipe.register_to_config(_name_or_path=str(folder))
         return pipe.to(where)
 
@@ -137,6 +140,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         super().save_pretrained(path, **{**options, "safe_serialization": True})
         text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"
         write_atomic(Path(path) / "generation.json", text.encode())
+        if self.vocabulary is not None:
+            write_atomic(Path(path) / FILE, "\n".join([*self.vocabulary.words, ""]).encode())
 
     def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0) -> None:
         """Add a LoRA or DoRA at `scale`: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a
@@ -203,7 +208,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
-        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.truncations(tasks))
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
         words = {} if words is None else words
         for number, group in enumerate(groups):
             hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
@@ -309,8 +314,11 @@ class DiffusionFMPipeline(DiffusionPipeline):
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
         return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
 
-    def truncations(self, tasks: Sequence[Task]) -> list[str]:
-        """A warning for every prompt of which the text encoder reads but the beginning."""
+    def advice(self, tasks: Sequence[Task], loras: Iterable[str] = ()) -> list[str]:
+        """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
+
+        loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
+        from any thread."""
         found = []
         for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
             lost = truncated_words(self.tokenizer, prompt)
@@ -319,7 +327,9 @@ class DiffusionFMPipeline(DiffusionPipeline):
                     f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
                     f"left out: {_ends(lost)!r}"
                 )
-        return found
+            if self.vocabulary is not None and not list(loras):
+                found += self.vocabulary.advice(prompt.removesuffix(lost))
+        return list(dict.fromkeys(found))
 
 
 # ------------------------------------------------------------------ parts of a call

@@ -39,6 +39,8 @@ PIECES = {
     "cost",
     "gpus",
     "outlines",
+    "phrasing",
+    "vocabulary",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
 USERS = {"batch", "evaluate", "serve", "finetune", "distill"}

@@ -97,6 +97,15 @@ class Engine:
         with self._changed:
             return sum(len(job.pictures) for job in self._jobs)
 
+    def ahead(self, future: Future[Pictures]) -> int:
+        """How many other requests are drawn before this one; 0 when it is being drawn, is next, or has ended."""
+        with self._changed:
+            pictures = sorted(self._unfinished(), key=lambda picture: picture.turn)
+        mine = next((k for k, picture in enumerate(pictures) if picture.job.future is future), 0)
+        if mine < self._cap or pictures[mine].step:
+            return 0
+        return len({picture.job for picture in pictures[:mine]})
+
     def refuse(self) -> None:
         """Take no more requests; those there are will be drawn."""
         with self._changed:
@@ -257,8 +266,6 @@ class Engine:
         for picture in batch:
             if picture.x is None:
                 picture.x = self.pipe.noise([picture.task.seed], height, width)[0].to(self.pipe.device)
-            if picture.job.warnings is None:
-                picture.job.warnings = self.pipe.truncations([picture.task])
         field = self.pipe.velocity(
             [picture.task for picture in batch],
             [picture.job.guidance for picture in batch],
@@ -279,18 +286,17 @@ class Engine:
                 self._fail(job, attempt.error)
         if job.done and not job.future.done():
             latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
-            drawn = self._decoder.submit(_finish, self.pipe, latents)
+            drawn = self._decoder.submit(_finish, self.pipe, job, latents)
             drawn.add_done_callback(partial(self._deliver, job))
 
     # -------------------------------------------------------------- how a job ends
 
-    def _deliver(self, job: Job, drawn: Future[list[Image.Image]]) -> None:
+    def _deliver(self, job: Job, drawn: Future[Pictures]) -> None:
         error = drawn.exception()
         if error is not None:
             return self._fail(job, error)
         if self._settle(job, "pictures"):
-            seeds = [picture.task.seed for picture in job.pictures]
-            job.future.set_result(Pictures(drawn.result(), seeds, job.warnings or []))
+            job.future.set_result(drawn.result())
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._settle(job, "failed"):
@@ -319,8 +325,10 @@ class Engine:
 
 
 @torch.inference_mode()
-def _finish(pipe: DiffusionFMPipeline, latents: Tensor) -> list[Image.Image]:
-    return pipe.finish(latents)
+def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
+    tasks = [picture.task for picture in job.pictures]
+    loras = [name for name, _ in job.group[2]]
+    return Pictures(pipe.finish(latents), [task.seed for task in tasks], pipe.advice(tasks, loras))
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
