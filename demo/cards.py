@@ -66,18 +66,22 @@ def drawing(previews: Sequence[Image.Image], count: int) -> str:
     return f'<ul class="stage grid n{len(frames)}" aria-busy="true">{body}</ul>'
 
 
-def results(prompt: str, pictures: Sequence[bytes], seeds: Sequence[int]) -> str:
-    """The finished pictures, each with its seed, a download of the very PNG, and its seed to go on from."""
+def results(prompt: str, pictures: Sequence[bytes], seeds: Sequence[int], flagged: bool = False) -> str:
+    """The finished pictures, each with its seed, a download of the very PNG, and its seed to go on from.
+
+    Flagged ones are blurred until their own "Show anyway" is ticked.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
-    cards = [_card(prompt, name, data, seed) for data, seed in zip(pictures, seeds, strict=True)]
+    cards = [_card(prompt, name, data, seed, flagged) for data, seed in zip(pictures, seeds, strict=True)]
     return f'<ul class="stage grid n{len(cards)}">{"".join(cards)}</ul>'
 
 
-def _card(prompt: str, name: str, data: bytes, seed: int) -> str:
+def _card(prompt: str, name: str, data: bytes, seed: int, flagged: bool) -> str:
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     alt = f"{escape(prompt)}, seed {seed}"
+    veil = '<label class="veil"><input type="checkbox"> Show anyway</label>' if flagged else ""
     return (
-        f'<li class="card"><figure><div class="board"><img src="{source}" alt="{alt}"></div>'
+        f'<li class="card"><figure><div class="board"><img src="{source}" alt="{alt}">{veil}</div>'
         f'<figcaption><span class="seed">seed {seed}</span>'
         f'<button type="button" data-value="{seed}" aria-label="Keep seed {seed}">Keep seed</button>'
         f'<a href="{source}" download="{name}-{seed}.png" aria-label="Download PNG, seed {seed}">PNG</a>'

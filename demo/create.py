@@ -147,10 +147,12 @@ class Tab:
     def _finished(self, asked: Request, result: Any) -> Update:
         files, words = encode(self.lane.pipe, asked, result), asked.prompt
         warning = " ".join(result.warnings)
+        if result.flagged:
+            warning += f" Blurred, for the prompt says {result.flagged[0]!r}: tick to show."
         told = f"{words} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(files) == 1 else f"{len(files)} pictures"
         return self._ready() | {
-            self.at.stage: cards.results(words, files, result.seeds),
+            self.at.stage: cards.results(words, files, result.seeds, bool(result.flagged)),
             self.at.status: cards.note(warning, "warn") or cards.note(told),
             self.at.said: f"{number} drawn: {told}. {warning}".strip(),
             self.at.last: result.seeds[0],
