@@ -69,15 +69,20 @@ def drawing(previews: Sequence[Image.Image], count: int) -> str:
     return f'<ul class="stage grid n{len(frames)}" aria-busy="true">{body}</ul>'
 
 
-def results(pictures: Sequence[bytes], parameters: Sequence[Mapping[str, Any]]) -> str:
-    """The finished pictures, PNG files, each with its seed and what one can do with it."""
-    cards = [_card(k, data, its) for k, (data, its) in enumerate(zip(pictures, parameters, strict=True))]
+def results(pictures: Sequence[bytes], parameters: Sequence[Mapping[str, Any]], flagged: bool = False) -> str:
+    """The finished pictures, PNG files, each with its seed and what one can do with it.
+
+    Flagged ones are blurred until their own "Show anyway" is ticked.
+    """
+    cards = [
+        _card(k, data, its, flagged) for k, (data, its) in enumerate(zip(pictures, parameters, strict=True))
+    ]
     save = '<button type="button" data-value="zip">Download all, PNG and SVG, as a ZIP</button>'
     foot = f'<p class="foot">{save}</p>' if len(cards) > 1 else ""
     return f'<ul class="stage grid n{len(cards)}">{"".join(cards)}</ul>{foot}'
 
 
-def _card(number: int, data: bytes, its: Mapping[str, Any]) -> str:
+def _card(number: int, data: bytes, its: Mapping[str, Any], flagged: bool) -> str:
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     prompt, seed = its["prompt"], its["seed"]
     name = f"{file_name(prompt, seed)}.png"
@@ -90,8 +95,10 @@ def _card(number: int, data: bytes, its: Mapping[str, Any]) -> str:
         f'<button type="button" {act} title="{hint}" aria-label="{word}{more}, seed {seed}">{word}</button>'
         for act, word, more, hint in acts
     )
+    veil = '<label class="veil"><input type="checkbox"> Show anyway</label>' if flagged else ""
+    picture = f'<img src="{source}" alt="{escape(prompt)}, seed {seed}">'
     return (
-        f'<li class="card"><figure><div class="board"><img src="{source}" alt="{escape(prompt)}, seed {seed}"></div>'
+        f'<li class="card"><figure><div class="board">{picture}{veil}</div>'
         f'<figcaption><span class="seed">seed {seed}</span>{buttons}'
         f'<a href="{source}" download="{name}" aria-label="PNG download, seed {seed}">PNG</a>'
         "</figcaption></figure></li>"

@@ -230,11 +230,16 @@ class Tab:
         pipe, asked = self.lane.pipe, drawing.request
         told = f"{asked.prompt} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(result.images) == 1 else f"{len(result.images)} pictures"
+        advice = list(result.warnings)
+        if result.flagged:
+            advice.append(f"Blurred, for the prompt says {result.flagged[0]!r}: tick to show.")
         return self._ready() | {
-            self.at.stage: cards.results(encode(pipe, asked, result), parameters(pipe, asked, result)),
+            self.at.stage: cards.results(
+                encode(pipe, asked, result), parameters(pipe, asked, result), bool(result.flagged)
+            ),
             self.at.status: cards.notes([told]),
-            self.at.advice: cards.notes(result.warnings, "warn"),
-            self.at.said: " ".join([f"{number} drawn: {told}.", *result.warnings]),
+            self.at.advice: cards.notes(advice, "warn"),
+            self.at.said: " ".join([f"{number} drawn: {told}.", *advice]),
             self.at.last: result.seeds[0],
         }
 

@@ -25,12 +25,14 @@ from diffusionfm.checks import (
     COMPONENTS,
     DEFAULTS,
     WEIGHTS,
+    check_checksums,
     check_model,
     check_prompt,
     check_seed,
     check_settings,
     read_defaults,
     read_json,
+    write_checksums,
 )
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
 from diffusionfm.images import write_atomic
@@ -57,11 +59,15 @@ class Cancelled(Exception):
 
 @dataclass
 class Pictures:
-    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know."""
+    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know.
+
+    flagged: words of the prompt that a server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
+    """
 
     images: list[Image.Image] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    flagged: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -123,6 +129,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         index = read_json(folder / "model_index.json")
         with _quiet():
             parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
+        check_checksums(folder)
+        _check_finite(folder, parts)
         pipe = cls(**parts)
         pipe.defaults, pipe.model_name = read_defaults(folder), folder.resolve().name
         pipe.fast = fast
@@ -142,6 +150,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         write_atomic(Path(path) / "generation.json", text.encode())
         if self.vocabulary is not None:
             write_atomic(Path(path) / FILE, "\n".join([*self.vocabulary.words, ""]).encode())
+        write_checksums(Path(path))
 
     def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0) -> None:
         """Add a LoRA or DoRA at `scale`: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a
@@ -455,6 +464,16 @@ def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
     from diffusionfm.transformer import DiffusionTransformer
 
     return load_whole(DiffusionTransformer, folder, torch_dtype=dtype)
+
+
+def _check_finite(folder: Path, parts: Mapping[str, Any]) -> None:
+    """ValueError for a weight that is no number: it would spoil every picture."""
+    for name, file in WEIGHTS.items():
+        for key, value in parts[name].named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{folder / name / file}: {key} holds values that are no numbers: copy it again"
+                )
 
 
 class _quiet:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
-from diffusionfm.cli.parts import Parser, StepBar, add_command, add_model_options
+from diffusionfm.cli.parts import (
+    Parser,
+    StepBar,
+    add_command,
+    add_model_options,
+    add_safety,
+    safety_of,
+)
 from diffusionfm.formats import FORMATS, Finish, pick_format
 from diffusionfm.images import write_atomic
 
@@ -131,6 +138,10 @@ def demo(args: argparse.Namespace) -> int:
     """`diffusionfm demo`: the studio, from the wheel's diffusionfm.demo or the checkout's demo folder."""
     if not 0 <= args.port <= 65535:
         raise ValueError(f"a port is from 0 to 65535, got {args.port}")
+    from diffusionfm.serve.access import Access, read_logins
+
+    access = Access(host=args.host, logins=read_logins(args.login_file), shared=args.share)
+    safety = safety_of(args)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the studio needs gradio: pip install 'diffusionfm[demo]'")
     if importlib.util.find_spec("diffusionfm.demo") is not None:
@@ -141,7 +152,7 @@ def demo(args: argparse.Namespace) -> int:
             raise ValueError("the studio's files are missing: install the package again")
         sys.path.insert(0, str(checkout))
         app = importlib.import_module("demo.app")
-    app.main(args.port)
+    app.main(args.port, access=access, safety=safety)
     return 0
 
 
@@ -199,5 +210,28 @@ def add_settings(command: Parser) -> None:
 
 
 def add_demo(commands: Any) -> None:
-    command = add_command(commands, "demo", demo, "open the studio in a browser", "demo", "demo --port 7861")
-    command.add_argument("--port", type=int, default=7860, help="on 127.0.0.1 (default 7860)")
+    command = add_command(
+        commands,
+        "demo",
+        demo,
+        "open the studio in a browser",
+        "demo",
+        "demo --port 7861",
+        "demo --host 0.0.0.0 --login-file logins.txt",
+    )
+    command.add_argument("--port", type=int, default=7860, help="default 7860")
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1, this machine alone; any other demands a login)",
+    )
+    command.add_argument(
+        "--share", action="store_true", help="a public link through Gradio's tunnel; demands a login"
+    )
+    command.add_argument(
+        "--login-file",
+        type=Path,
+        metavar="FILE",
+        help="name:password lines, readable by you alone: who may come in, to the page and to the API beside it",
+    )
+    add_safety(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 CAPTIONS_HELP = (
@@ -62,6 +63,26 @@ class ItemBar:
     def __call__(self, done: int, total: int) -> None:
         self.bar.total = total
         self.bar.update(done - self.bar.n)
+
+
+def add_safety(command: argparse.ArgumentParser) -> None:
+    """--safety and --safety-list: what a server does about prompts that hold a word of a list."""
+    command.add_argument(
+        "--safety",
+        default="flag",
+        choices=["flag", "refuse", "off"],
+        help="prompts with a word of the list: drawn and flagged, which the studio blurs, or refused (default flag)",
+    )
+    command.add_argument(
+        "--safety-list", type=Path, metavar="FILE", help="a list of your own, a word a line (default: ours)"
+    )
+
+
+def safety_of(args: argparse.Namespace) -> Any:
+    """What those two ask for."""
+    from diffusionfm.serve.safety import LIST, Safety
+
+    return Safety(args.safety, args.safety_list or LIST)
 
 
 def add_model_options(command: argparse.ArgumentParser, lora: str) -> None:

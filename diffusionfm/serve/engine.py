@@ -16,13 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
 from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
+from diffusionfm.serve.safety import Safety
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe
 
@@ -37,8 +38,9 @@ class Engine:
     The pipeline belongs to the engine: nobody else may draw with it meanwhile.
     """
 
-    def __init__(self, pipe: DiffusionFMPipeline, limits: Limits | None = None):
+    def __init__(self, pipe: DiffusionFMPipeline, limits: Limits | None = None, safety: Safety | None = None):
         self.pipe = pipe
+        self.safety = safety or Safety()
         self.limits = limits or Limits()
         self.counts = Counts()
         self.wardrobe = Wardrobe(pipe)
@@ -137,9 +139,11 @@ class Engine:
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
+        flagged = self.safety.check(request.prompt)
         times = flow.grid(found["steps"], self.pipe.defaults["shift"])
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step)
+        job.flagged = flagged
         job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
         return job
 
@@ -328,15 +332,25 @@ class Engine:
 def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
     tasks = [picture.task for picture in job.pictures]
     loras = [name for name, _ in job.group[2]]
-    return Pictures(pipe.finish(latents), [task.seed for task in tasks], pipe.advice(tasks, loras))
+    return Pictures(
+        pipe.finish(latents), [task.seed for task in tasks], pipe.advice(tasks, loras), job.flagged
+    )
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
-    """A look, on demand, at the job's pictures as they would end from here; those not begun are left out."""
+    """A look, on demand, at the job's pictures as they would end from here; those not begun are left out.
+
+    Of a flagged prompt they are blurred: to see those is for the end, by choice.
+    """
     seen = [(p.x, p.v, job.times[p.step]) for p in job.pictures if p.v is not None]
 
     @torch.inference_mode()
     def preview() -> list[Image.Image]:
-        return pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
+        looks = pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
+        return (
+            [look.filter(ImageFilter.GaussianBlur(look.width / 8)) for look in looks]
+            if job.flagged
+            else looks
+        )
 
     return preview
