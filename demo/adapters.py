@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,6 @@ class Adapter:
     source: Path
     weight: float
     public: bool
-
-    @property
-    def said(self) -> str:
-        """As a picture's file tells it."""
-        return f"{self.name}:{self.weight:g}"
 
 
 def pickers(lane: Lane) -> dict[str, Picker]:
@@ -100,7 +96,10 @@ def put_on(lane: Lane, adapter: Adapter | None) -> Loras:
     if adapter.public:
         return ((adapter.name, adapter.weight),)
     content = (adapter.source / WEIGHTS).read_bytes()
-    name = hashlib.sha256(str(adapter.source).encode() + content).hexdigest()[:32]
+    told = re.sub(
+        r"[^a-zA-Z0-9 _-]", "-", adapter.name
+    )  # what files of pictures say; the rest nobody guesses
+    name = f"{told}+{hashlib.sha256(str(adapter.source).encode() + content).hexdigest()}"
     lane.engine.add_lora(adapter.source, name)
     return ((name, adapter.weight),)
 

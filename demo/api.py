@@ -5,8 +5,11 @@ from __future__ import annotations
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
-from .lane import AT_ONCE, REFUSED, Lane, owner_of
+from .lane import REFUSED, Lane, owner_of
 from .request import MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for, encode
+
+AT_ONCE = 8
+"""Calls under way at a time; the engine lets them share network calls, and take turns."""
 
 
 def generate_endpoint(lane: Lane) -> None:
@@ -52,6 +55,5 @@ def generate_endpoint(lane: Lane) -> None:
         inputs,
         [pictures, seeds],
         api_name="generate",
-        concurrency_id="lane",
         concurrency_limit=AT_ONCE,
     )

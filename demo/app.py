@@ -1,20 +1,27 @@
-"""The studio: builds the page around a loaded pipeline and serves it on this machine only."""
+"""The studio: builds the page around a loaded pipeline and serves it, on this machine only unless asked."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.gate import Gate
+from diffusionfm.serve.safety import Safety
 
 from . import cards
 from .adapters import pickers
@@ -50,6 +57,38 @@ LAUNCH: dict[str, Any] = {
     "quiet": True,
 }
 """Where the studio is served and what it hands out, stated in full: nothing is left to Gradio's defaults."""
+PATHS = [
+    "/",
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/robots.txt",
+    "/manifest.json",
+    "/assets/",
+    "/static/",
+]
+PATHS += [
+    f"/gradio_api/{call}"
+    for call in (
+        "info",
+        "queue/join",
+        "queue/data",
+        "cancel",
+        "reset",
+        "upload",
+        "upload_progress",
+        "user",
+        "app_id",
+        "login_check",
+        "heartbeat/",
+        "call/",
+        "run/",
+        "api/",
+        "component_server",
+    )
+]
+"""What of Gradio's many paths is served, files of the upload folder apart: none fetches addresses or edits code."""
+OPEN_PATHS = ("/gradio_api/startup-events", "/health")
 TABS: dict[str, Callable[[Lane], Any]] = {
     "Create": create,
     "Fine-tune": finetune,
@@ -58,8 +97,23 @@ TABS: dict[str, Callable[[Lane], Any]] = {
 """The tabs in their order: each is a module of its name, and a function that lays out and wires what it shows."""
 
 
+def seal() -> None:
+    """Take from the environment all say over what Gradio opens, and give uploads a new folder, the user's alone.
+
+    Gradio lets GRADIO_* variables stand in for arguments, even for an empty `allowed_paths`, and some when a page is
+    built already.
+    """
+    above = os.environ.get("GRADIO_TEMP_DIR")
+    for name in [n for n in os.environ if n.startswith("GRADIO_")] + ["SYSTEM", "SPACE_ID"]:
+        os.environ.pop(name, None)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="diffusionfm-studio-", dir=above)
+    os.environ["FORWARDED_ALLOW_IPS"] = ""  # else who asks may say from which address
+
+
 def build(engine: Engine, runs: Runs | None = None) -> gr.Blocks:
     """The page around an engine, and around the long runs that people begin. Serve it with `launch`."""
+    seal()
     lane, pipe = Lane(engine, runs), engine.pipe
     size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
@@ -74,27 +128,42 @@ def build(engine: Engine, runs: Runs | None = None) -> gr.Blocks:
         def leave(request: gr.Request) -> None:
             lane.leave(owner_of(request))
 
-        studio.unload(leave)  # who closes the page draws no more
+        studio.unload(leave)  # who closes the page, and does not come back, draws no more
     return studio.queue(max_size=64, default_concurrency_limit=4, api_open=True)
 
 
-def launch(studio: gr.Blocks, engine: Engine, port: int, inbrowser: bool = False) -> None:
-    """Serve the page, and the API beside it, on 127.0.0.1 from a thread, dressed and locked down.
+def launch(
+    studio: gr.Blocks, engine: Engine, port: int, inbrowser: bool = False, access: Access | None = None
+) -> None:
+    """Serve the page, and the API beside it, from a thread, dressed and locked down.
 
-    Gradio lets GRADIO_* variables stand in for arguments, even for an empty `allowed_paths`: here they
-    have no say.
+    access: who may come in, and where it listens; else everyone on this machine may, on 127.0.0.1.
     """
-    for name in [n for n in os.environ if n.startswith("GRADIO_") and n != "GRADIO_TEMP_DIR"]:
-        del os.environ[name]
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    access = access or Access()
+    if access.shared:
+        os.environ["FORWARDED_ALLOW_IPS"] = HOST  # the tunnel's end, which says who asks
+    service = Service(engine, access)
+    own = [route.path.partition("{")[0] for route in service.routes()]
+
+    folder = Path(get_upload_folder()).resolve()
+    paths = [*PATHS, f"/gradio_api/file={folder}{os.sep}"]
+
+    @asynccontextmanager
+    async def behind_gate(app: Any) -> AsyncIterator[None]:
+        """Outside of all of Gradio's middleware: its CORS lets every page in where a server is not on localhost."""
+        app.middleware_stack = Gate(
+            app.middleware_stack, access, paths, OPEN_PATHS, own, "/gradio_api/upload", folder
+        )
+        yield
+
     looks: dict[str, Any] = {"theme": theme(), "css": css(), "head": HEAD}
     studio.launch(
         server_port=port or None,
         inbrowser=inbrowser,
         prevent_thread_lock=True,
-        app_kwargs={"routes": Service(engine).routes()},
+        app_kwargs={"routes": service.routes(), "lifespan": behind_gate},
         **looks,
-        **LAUNCH,
+        **LAUNCH | {"server_name": access.host, "share": access.shared},
     )
 
 
@@ -102,28 +171,38 @@ def main(
     port: int = 7860,
     model: str | None = None,
     device: str = "auto",
+    open_browser: bool = False,
+    access: Access | None = None,
+    safety: Safety | None = None,
     dtype: str = "auto",
+    fast: bool = False,
     loras: Sequence[tuple[Path, float]] = (),
     lora_any: bool = False,
     runs: Path = ROOT,
 ) -> None:
-    """Load a model folder (None: the shipped one) and serve the studio on 127.0.0.1 until interrupted.
+    """Load a model folder (None: the shipped one) and serve the studio until interrupted.
 
+    access: who may come in, and where it listens; else everyone on this machine may, on 127.0.0.1. safety: what is
+    done about prompts that the list of words flags.
     loras: (folder or file, scale) of those that everyone is offered; lora_any: also such as were trained on another
     model. runs: the folder for what people fine-tune and draw in batches.
-    Raises ValueError for a model or a LoRA that cannot be loaded, an absent device, or a port in use.
+    Raises ValueError for a model that cannot be loaded, an absent device, or a port in use.
     """
     if not 0 <= port < 65536:
         raise ValueError(f"port must be from 1 to 65535, or 0 for the next free one from 7860, got {port}")
-    pipe = DiffusionFMPipeline.from_pretrained(model, dtype=dtype, device=pick_device(device))
+    pipe = DiffusionFMPipeline.from_pretrained(model, dtype=dtype, device=pick_device(device), fast=fast)
     for source, scale in loras:
         if word := pipe.load_lora(source, scale, lora_any):
             print(f"note: {word}", flush=True)
-    engine, keeper = Engine(pipe), Runs(runs)
+    engine, keeper = Engine(pipe, safety=safety), Runs(runs)
     studio = build(engine, keeper)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # stop what is under way, as Ctrl+C does
     try:
-        launch(studio, engine, port)
+        launch(studio, engine, port, open_browser, access)
+        if access is not None and access.shared and not studio.share_url:
+            raise ValueError(
+                "no share link could be made: it needs the network, and a program that Gradio fetches"
+            )
         print(f"{NAME}: {studio.local_url}  API: {studio.local_url}v1  (Ctrl+C stops it)", flush=True)
         studio.block_thread()
     except OSError as error:
@@ -132,6 +211,7 @@ def main(
         signal.signal(signal.SIGTERM, before)
         keeper.close()
         engine.close(timeout=0)
+        shutil.rmtree(get_upload_folder(), ignore_errors=True)
 
 
 if __name__ == "__main__":
@@ -141,7 +221,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", help="a model folder (default: the shipped model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT, help=f"where trainings and batches are kept (default {ROOT})"
-    )
     main(**vars(parser.parse_args()))

@@ -1,15 +1,18 @@
-"""The studio's own HTML: header, stage, progress and examples. Every text from outside is escaped."""
+"""The studio's own HTML: header, stage, progress, history and examples. Every text from outside is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from PIL import Image
 
+from diffusionfm.images import format_a1111
+
+from .request import file_name
 from .theme import MARK
 
 PREVIEW_SIZE = 512
@@ -66,49 +69,83 @@ def drawing(previews: Sequence[Image.Image], count: int) -> str:
     return f'<ul class="stage grid n{len(frames)}" aria-busy="true">{body}</ul>'
 
 
-def results(prompt: str, pictures: Sequence[bytes], seeds: Sequence[int]) -> str:
-    """The finished pictures, each with its seed, a download of the very PNG, and its seed to go on from."""
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
-    cards = [_card(prompt, name, data, seed) for data, seed in zip(pictures, seeds, strict=True)]
-    return f'<ul class="stage grid n{len(cards)}">{"".join(cards)}</ul>'
+def results(pictures: Sequence[bytes], parameters: Sequence[Mapping[str, Any]], flagged: bool = False) -> str:
+    """The finished pictures, PNG files, each with its seed and what one can do with it.
+
+    Flagged ones are blurred until their own "Show anyway" is ticked.
+    """
+    cards = [
+        _card(k, data, its, flagged) for k, (data, its) in enumerate(zip(pictures, parameters, strict=True))
+    ]
+    save = '<button type="button" data-value="zip">Download all, PNG and SVG, as a ZIP</button>'
+    foot = f'<p class="foot">{save}</p>' if len(cards) > 1 else ""
+    return f'<ul class="stage grid n{len(cards)}">{"".join(cards)}</ul>{foot}'
 
 
-def _card(prompt: str, name: str, data: bytes, seed: int) -> str:
+def _card(number: int, data: bytes, its: Mapping[str, Any], flagged: bool) -> str:
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    alt = f"{escape(prompt)}, seed {seed}"
+    prompt, seed = its["prompt"], its["seed"]
+    name = f"{file_name(prompt, seed)}.png"
+    acts = [
+        (f'data-value="keep {seed}"', "Keep seed", "", "Draw with this seed again"),
+        (f'data-copy="{escape(format_a1111(dict(its)))}"', "Copy", " settings", "To paste as a prompt"),
+        (f'data-value="svg {number}"', "SVG", " download", "Traced in flat colours"),
+    ]
+    buttons = "".join(
+        f'<button type="button" {act} title="{hint}" aria-label="{word}{more}, seed {seed}">{word}</button>'
+        for act, word, more, hint in acts
+    )
+    veil = '<label class="veil"><input type="checkbox"> Show anyway</label>' if flagged else ""
+    picture = f'<img src="{source}" alt="{escape(prompt)}, seed {seed}">'
     return (
-        f'<li class="card"><figure><div class="board"><img src="{source}" alt="{alt}"></div>'
-        f'<figcaption><span class="seed">seed {seed}</span>'
-        f'<button type="button" data-value="{seed}" aria-label="Keep seed {seed}">Keep seed</button>'
-        f'<a href="{source}" download="{name}-{seed}.png" aria-label="Download PNG, seed {seed}">PNG</a>'
+        f'<li class="card"><figure><div class="board">{picture}{veil}</div>'
+        f'<figcaption><span class="seed">seed {seed}</span>{buttons}'
+        f'<a href="{source}" download="{name}" aria-label="PNG download, seed {seed}">PNG</a>'
         "</figcaption></figure></li>"
     )
 
 
-def progress(step: int, total: int, seconds_left: float | None) -> str:
+def waiting(ahead: int) -> str:
+    """The progress line before the first step."""
+    return _bar(0, 1, place(ahead) if ahead else "Starting …")
+
+
+def place(ahead: int) -> str:
+    """The place in the queue, in words."""
+    return f"In the queue: {ahead} drawing{'s' * (ahead > 1)} of others before yours"
+
+
+def progress(step: int, total: int, seconds_left: float) -> str:
     """The progress line: a bar, the step, and what is left."""
-    if not step:
-        words = "Starting …"
-    elif step >= total:
-        words = f"Step {step} of {total}"
-    else:
-        words = f"Step {step} of {total} · {_seconds(seconds_left)} left"
-    share = 100 * step / total if total else 0
+    left = f" · {_seconds(seconds_left)} left" if step < total else ""
+    return _bar(step, total, f"Step {step} of {total}{left}")
+
+
+def _bar(step: int, total: int, words: str) -> str:
     return (
         f'<div class="progress"><div class="bar" role="progressbar" aria-label="Drawing" aria-valuemin="0" '
-        f'aria-valuemax="{total}" aria-valuenow="{step}"><i style="width:{share:.1f}%"></i></div>'
+        f'aria-valuemax="{total}" aria-valuenow="{step}"><i style="width:{100 * step / total:.1f}%"></i></div>'
         f"<p>{escape(words)}</p></div>"
     )
 
 
-def note(text: str, kind: str = "plain") -> str:
-    """One quiet line under the stage; `kind` is plain or warn."""
-    return f'<p class="note {kind}">{escape(text)}</p>' if text else ""
+def notes(texts: Sequence[str], kind: str = "plain") -> str:
+    """Quiet lines under the stage; `kind` is plain or warn."""
+    return "".join(f'<p class="note {kind}">{escape(text)}</p>' for text in texts)
 
 
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
+def history() -> str:
+    """The list of what was drawn, which history.js fills."""
+    return (
+        '<section class="past" aria-labelledby="past"><header><h2 class="small-title" id="past">History</h2>'
+        '<label><input type="checkbox" data-part="wanted"> Remember what I draw</label>'
+        '<button type="button" data-part="clear" hidden>Clear</button></header>'
+        "<p>In this browser alone, until you clear it or untick this. A picture brings its settings back.</p>"
+        '<ul data-part="list"></ul></section>'
+    )
+
+
+def _seconds(seconds: float) -> str:
     if seconds < 90:
         return f"about {max(1, round(seconds))} s"
     return f"about {round(seconds / 60)} min"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,13 +14,41 @@ from diffusionfm.colors import COLORS
 from . import cards
 from .adapters import Picker, place
 from .lane import Lane
-from .request import AS_WRITTEN, MAX_COUNT, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, NOTHING, STYLES
+from .request import (
+    AS_WRITTEN,
+    MAX_COUNT,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    MAX_SEED,
+    MAX_STEPS,
+    NOTHING,
+    STYLES,
+    size_name,
+    sizes,
+)
 
 ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+HERE = Path(__file__).parent
 TELL = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-value]');
   if (button) trigger('click', {value: button.dataset.value});
 });"""
+TICKET = """() => {
+  const known = sessionStorage.getItem('diffusionfm-ticket');
+  if (known) return known;
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  const ticket = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
+  sessionStorage.setItem('diffusionfm-ticket', ticket);
+  return ticket;
+}"""
+"""Gives a browser's tab a secret name, by which it finds its drawing after a reload."""
+SAVE = """parcel => {
+  if (!parcel) return;
+  const link = document.createElement('a');
+  [link.download, link.href] = parcel;
+  link.click();
+}"""
+"""Saves a file that the page was given: its name, and a data URL."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +66,19 @@ class Controls:
     reuse: gr.Button
     fresh: gr.Checkbox
     negative: gr.Textbox
+    size: gr.Dropdown
     steps: gr.Slider
     guidance: gr.Slider
     adapter: Picker
     stage: gr.HTML
     status: gr.HTML
+    advice: gr.HTML
     said: gr.HTML
+    history: gr.HTML
     lessons: gr.HTML
     last: gr.State
+    ticket: gr.Textbox
+    parcel: gr.JSON
 
 
 def lay_out(lane: Lane) -> Controls:
@@ -58,13 +92,24 @@ def lay_out(lane: Lane) -> Controls:
             parts |= _looks() | {"adapter": place(lane.pickers["create"])} | _seeds()
             parts |= _settings(lane.pipe.defaults)
         with gr.Column(min_width=240, elem_classes="easel"):
-            parts["stage"] = gr.HTML(cards.empty(), elem_id="stage", js_on_load=TELL)
+            parts["stage"] = gr.HTML(cards.empty(), elem_id="stage", js_on_load=_script("create.js"))
             parts["status"] = gr.HTML("", elem_id="status")
+            parts["advice"] = gr.HTML("", elem_id="advice")
             parts["said"] = gr.HTML(
                 "", elem_id="announcer", elem_classes="visually-hidden", js_on_load=ANNOUNCE
             )
+            parts["history"] = gr.HTML(cards.history(), elem_id="history", js_on_load=_script("history.js"))
     parts["lessons"] = gr.HTML(cards.examples(), elem_id="lessons", js_on_load=TELL)
-    return Controls(**parts, last=gr.State(None))
+    return Controls(
+        **parts,
+        last=gr.State(None),
+        ticket=gr.Textbox(label="Ticket", visible="hidden"),
+        parcel=gr.JSON(label="Parcel", visible="hidden"),
+    )
+
+
+def _script(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _asking() -> dict[str, Any]:
@@ -72,7 +117,7 @@ def _asking() -> dict[str, Any]:
         "prompt": gr.Textbox(
             label="Prompt",
             placeholder="a red apple",
-            lines=2,
+            lines=1,  # or Enter would begin a new line instead of a drawing
             max_lines=6,
             autofocus=True,
             max_length=MAX_PROMPT,
@@ -130,6 +175,14 @@ def _settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
             max_length=MAX_PROMPT,
             elem_id="negative",
         )
+        width, height = defaults["width"], defaults["height"]
+        size = gr.Dropdown(
+            sizes(width, height),
+            value=size_name(width, height),
+            label="Size",
+            elem_id="size",
+            info="The first is what the model learned. Shapes are drawn with less care.",
+        )
         steps = gr.Slider(
             1,
             MAX_STEPS,
@@ -148,4 +201,4 @@ def _settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
             elem_id="guidance",
             info="Higher follows the prompt more closely and varies less.",
         )
-    return {"negative": negative, "steps": steps, "guidance": guidance}
+    return {"negative": negative, "size": size, "steps": steps, "guidance": guidance}

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import base64
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from diffusionfm.pipeline import Cancelled
+from diffusionfm.pipeline import Cancelled, Pictures, Task
 from diffusionfm.serve.jobs import Request
 
 from . import cards
-from .adapters import Adapter, chosen, put_on
-from .controls import Controls, lay_out
-from .lane import AT_ONCE, REFUSED, Lane, Step, owner_of
-from .request import AS_WRITTEN, NOTHING, asked_for, compose, encode, seeds_in_words
+from .adapters import chosen, put_on
+from .controls import SAVE, TICKET, Controls, lay_out
+from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Waiting, owner_of
+from .request import (
+    AS_WRITTEN,
+    NOTHING,
+    asked_for,
+    compose,
+    encode,
+    file_name,
+    parameters,
+    read_settings,
+    seeds_in_words,
+    size_name,
+    sizes,
+    svg,
+    zip_of,
+)
 
 Update = dict[Any, Any]
 """New values by component."""
@@ -26,34 +42,36 @@ def create(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks and wire it to the lane."""
     tab = Tab(lane, lay_out(lane))
     at = tab.at
-    seen = [at.stage, at.status, at.said, at.generate, at.cancel]
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    seen = [at.stage, at.status, at.advice, at.said, at.generate, at.cancel]
+    settings = [at.prompt, at.style, at.background, at.negative, at.seed, at.fresh]
+    settings += [at.steps, at.guidance, at.size]
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"queue": False, **hidden}
+    watch: dict[str, Any] = {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, **hidden}
     gr.on(
         [at.generate.click, at.prompt.submit],
         tab.begin,
-        [at.prompt, at.seed, at.fresh, at.count],
+        [*settings, at.count, lane.person, at.adapter.choice, at.adapter.weight, at.ticket],
         [*seen, at.seed],
         trigger_mode="once",
-        show_progress="hidden",
-        api_visibility="private",
         concurrency_limit=None,  # queued, for an error of an unqueued event is not shown; yet it waits for nobody
-    ).success(
-        tab.draw,
-        [at.prompt, at.style, at.background, at.negative, at.seed, at.steps, at.guidance, at.count]
-        + [lane.person, at.adapter.choice, at.adapter.weight],
-        [*seen, at.last],
-        show_progress="hidden",
-        api_visibility="private",
-        concurrency_id="lane",
-        concurrency_limit=AT_ONCE,
-        scroll_to_output=True,
-    ).failure(tab.fail, None, seen, **quiet)
-    at.cancel.click(tab.cancel, None, [at.status, at.cancel], **quiet)
+        **hidden,
+    ).success(tab.draw, at.ticket, [*seen, at.last], scroll_to_output=True, **watch).failure(
+        tab.fail, None, seen, **quiet
+    )
+    page = gr.context.Context.root_block
+    page.load(None, None, at.ticket, js=TICKET, **quiet).then(
+        tab.rejoin, at.ticket, [*seen, *settings, at.count], **quiet
+    ).success(tab.draw, at.ticket, [*seen, at.last], **watch).failure(tab.fail, None, seen, **quiet)
+    at.cancel.click(tab.cancel, at.ticket, [at.status, at.cancel], **quiet)
     at.dice.click(lambda: (roll(), False), None, [at.seed, at.fresh], **quiet)
     at.reuse.click(
         lambda seed: (gr.skip() if seed is None else seed, False), at.last, [at.seed, at.fresh], **quiet
     )
-    at.stage.click(tab.keep, None, [at.seed, at.fresh, at.said], **quiet)
+    at.stage.click(
+        tab.act, at.ticket, [at.seed, at.fresh, at.said, at.status, at.parcel], concurrency_limit=4, **hidden
+    ).then(None, at.parcel, None, js=SAVE, **quiet)
+    at.history.click(tab.restore, None, [*settings, at.said], **quiet)
     at.lessons.click(tab.teach, None, [at.prompt, at.style, at.background], **quiet)
 
 
@@ -63,110 +81,185 @@ def roll() -> int:
 
 
 class Tab:
-    """What the tab's components do. One person's drawing at a time, told apart by session."""
+    """What the tab's components do. One drawing at a time for an open page, which alone knows its ticket."""
 
     def __init__(self, lane: Lane, at: Controls):
         self.lane = lane
         self.at = at
 
     def begin(
-        self, prompt: str | None, seed: int | None, fresh: bool, count: int, request: gr.Request
-    ) -> Update:
-        """The click: blank frames, a place in the lane, a seed."""
-        if not (prompt or "").strip():
-            raise gr.Error(
-                "Type a prompt first: a red apple, for one.", title="Nothing to draw yet", duration=6
-            )
-        others = self.lane.enter(owner_of(request))
-        company = self.lane.company(others)
-        return {
-            self.at.stage: cards.drawing([], count),
-            self.at.status: cards.note(company) or cards.progress(0, 1, None),
-            self.at.said: company or "Drawing.",
-            self.at.seed: roll() if fresh or seed is None else seed,
-            self.at.generate: gr.Button(interactive=False),
-            self.at.cancel: gr.Button(interactive=True),
-        }
-
-    def draw(
         self,
-        prompt: str,
+        prompt: str | None,
         style: str,
         background: str,
         negative: str,
-        seed: int,
+        seed: int | None,
+        fresh: bool,
         steps: int,
         guidance: float,
+        size: str,
         count: int,
         person: str,
         adapter: str,
         weight: float,
+        ticket: str,
         request: gr.Request,
-    ) -> Iterator[Update]:
-        """The drawing: progress at every step, previews now and then, the pictures at last."""
-        asked = asked_for(compose(prompt, style, background), negative, seed, steps, guidance, count)
+    ) -> Update:
+        """The click: a seed, a place in the queue, blank frames."""
+        if not (prompt or "").strip():
+            raise gr.Error(
+                "Type a prompt first: a red apple, for one.", title="Nothing to draw yet", duration=6
+            )
+        seed = roll() if fresh or seed is None else seed
+        words = compose(prompt or "", style, background)
         try:
-            worn = chosen(self.lane, person, adapter, weight)
-            asked = replace(asked, loras=put_on(self.lane, worn))
-            for event in self.lane.draw(owner_of(request), asked):
-                if isinstance(event, Step):
-                    yield self._progress(event, count)
+            worn = put_on(self.lane, chosen(self.lane, person, adapter, weight))
+            asked = replace(asked_for(words, negative, seed, steps, guidance, count, size), loras=worn)
+            self.lane.start(_owner(ticket, request), asked, owner_of(request))
+        except REFUSED as error:
+            raise gr.Error(str(error), title="Not now", duration=10) from error
+        return self._begun(asked) | {self.at.seed: seed}
+
+    def draw(self, ticket: str, request: gr.Request) -> Iterator[Update]:
+        """The drawing: its place, progress at every step, previews now and then, the pictures at last."""
+        drawing = self.lane.find(_owner(ticket, request), owner_of(request))
+        if drawing is None or drawing.future.cancelled():
+            yield {self.at.said: gr.skip()}
+            return
+        try:
+            for event in self.lane.watch(drawing):
+                if isinstance(event, Pictures):
+                    yield self._finished(drawing, event)
                 else:
-                    yield self._finished(asked, event, worn)
+                    yield self._progress(event, drawing.request.num_images)
         except Cancelled:
-            yield self.clear() | {self.at.status: cards.note("Cancelled."), self.at.said: "Cancelled."}
+            yield self.clear() | {self.at.status: cards.notes(["Cancelled."]), self.at.said: "Cancelled."}
         except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
+
+    def rejoin(self, ticket: str, request: gr.Request) -> Update:
+        """A page that is opened: after a reload, what it was drawing and the settings of that."""
+        drawing = self.lane.find(_owner(ticket, request), owner_of(request))
+        if drawing is None or drawing.future.cancelled():
+            return {self.at.said: gr.skip()}
+        asked = drawing.request
+        return self._begun(asked) | {
+            self.at.prompt: asked.prompt,
+            self.at.negative: asked.negative_prompt,
+            self.at.seed: asked.seed,
+            self.at.steps: asked.steps,
+            self.at.guidance: asked.guidance,
+            self.at.size: size_name(asked.width, asked.height) if asked.width and asked.height else gr.skip(),
+            self.at.count: asked.num_images,
+        }
 
     def clear(self) -> Update:
         """The bare stage, ready for the next drawing."""
         return self._ready() | {
             self.at.stage: cards.empty(),
             self.at.status: "",
+            self.at.advice: "",
             self.at.said: "Nothing was drawn.",
         }
 
-    def fail(self, request: gr.Request) -> Update:
-        """After an error, which Gradio shows: the owner's place is freed, the page is ready again."""
-        self.lane.leave(owner_of(request))
+    def fail(self) -> Update:
+        """After an error, which Gradio shows: the page is ready again."""
         return self.clear()
 
-    def cancel(self, request: gr.Request) -> Update:
+    def cancel(self, ticket: str, request: gr.Request) -> Update:
         """Stop this person's drawing, and nobody else's."""
-        self.lane.cancel(owner_of(request))
-        return {self.at.status: cards.note("Stopping …"), self.at.cancel: gr.Button(interactive=False)}
+        self.lane.cancel(_owner(ticket, request))
+        return {self.at.status: cards.notes(["Stopping …"]), self.at.cancel: gr.Button(interactive=False)}
 
-    def keep(self, event: gr.EventData) -> Update:
-        """A picture's "Keep seed": its seed stays for the next drawing."""
-        return {
-            self.at.seed: int(event.value),
-            self.at.fresh: False,
-            self.at.said: f"Seed {event.value} kept for the next drawing.",
+    def act(self, ticket: str, event: gr.EventData, request: gr.Request) -> Update:
+        """What a finished picture's buttons do: "keep SEED", "svg NUMBER" or "zip"."""
+        verb, _, number = str(event.value).partition(" ")
+        if verb == "keep":
+            said = f"Seed {int(number)} kept for the next drawing."
+            return {
+                self.at.seed: int(number),
+                self.at.fresh: False,
+                self.at.said: said,
+                self.at.status: cards.notes([said]),
+                self.at.parcel: None,
+            }
+        drawing = self.lane.find(_owner(ticket, request), owner_of(request))
+        if drawing is None or drawing.ended is None or drawing.future.cancelled():
+            raise gr.Error("These pictures are no longer here: draw them again, with the same seed.")
+        asked, pictures = drawing.request, drawing.future.result()
+        if verb == "zip":
+            return self._hand_over(
+                f"{file_name(asked.prompt)}.zip", "application/zip", zip_of(self.lane.pipe, asked, pictures)
+            )
+        seed = pictures.seeds[int(number)]
+        data = svg(self.lane.pipe, asked, pictures, int(number))
+        return self._hand_over(f"{file_name(asked.prompt, seed)}.svg", "image/svg+xml", data)
+
+    def restore(self, event: gr.EventData) -> Update:
+        """Settings that were pasted or kept in the history go back into the controls."""
+        found = read_settings(str(event.value))
+        update: Update = {self.at.fresh: False} if "seed" in found else {}
+        size, defaults = size_name(found.pop("width", 0), found.pop("height", 0)), self.lane.pipe.defaults
+        if size in sizes(defaults["width"], defaults["height"]):
+            update[self.at.size] = size
+        return update | {
+            **{getattr(self.at, name): value for name, value in found.items()},
+            self.at.style: AS_WRITTEN,
+            self.at.background: NOTHING,
+            self.at.said: f"Settings restored: {found['prompt']}",
         }
 
     def teach(self, event: gr.EventData) -> Update:
         """An example fills the prompt; the pickers step aside, for its words say it all."""
         return {self.at.prompt: event.value, self.at.style: AS_WRITTEN, self.at.background: NOTHING}
 
-    def _progress(self, event: Step, count: int) -> Update:
+    def _begun(self, asked: Request) -> Update:
+        task = Task(asked.prompt, asked.negative_prompt, asked.seed)
+        advice = self.lane.pipe.advice([task], [name for name, _ in asked.loras])
+        advice += filter(None, [self.lane.runs.company()])
+        return {
+            self.at.stage: cards.drawing([], asked.num_images),
+            self.at.status: cards.waiting(0),
+            self.at.advice: cards.notes(advice, "warn"),
+            self.at.said: " ".join(["Drawing.", *advice]),
+            self.at.generate: gr.Button(interactive=False),
+            self.at.cancel: gr.Button(interactive=True),
+        }
+
+    def _progress(self, event: Waiting | Step, count: int) -> Update:
+        if isinstance(event, Waiting):
+            line = {self.at.status: cards.waiting(event.ahead)}
+            return line | ({self.at.said: cards.place(event.ahead)} if event.ahead else {})
         line = {self.at.status: cards.progress(event.step, event.total, event.seconds_left)}
         return line | ({self.at.stage: cards.drawing(event.previews, count)} if event.previews else {})
 
-    def _finished(self, asked: Request, result: Any, worn: Adapter | None) -> Update:
-        files = encode(self.lane.pipe, asked, result, [worn.said] if worn else [])
-        words = asked.prompt
-        warning = " ".join(result.warnings)
-        told = f"{words} · {seeds_in_words(result.seeds)}"
-        number = "One picture" if len(files) == 1 else f"{len(files)} pictures"
+    def _finished(self, drawing: Drawing, result: Pictures) -> Update:
+        pipe, asked = self.lane.pipe, drawing.request
+        told = f"{asked.prompt} · {seeds_in_words(result.seeds)}"
+        number = "One picture" if len(result.images) == 1 else f"{len(result.images)} pictures"
+        advice = list(result.warnings)
+        if result.flagged:
+            advice.append(f"Blurred, for the prompt says {result.flagged[0]!r}: tick to show.")
         return self._ready() | {
-            self.at.stage: cards.results(words, files, result.seeds),
-            self.at.status: cards.note(warning, "warn") or cards.note(told),
-            self.at.said: f"{number} drawn: {told}. {warning}".strip(),
+            self.at.stage: cards.results(
+                encode(pipe, asked, result), parameters(pipe, asked, result), bool(result.flagged)
+            ),
+            self.at.status: cards.notes([told]),
+            self.at.advice: cards.notes(advice, "warn"),
+            self.at.said: " ".join([f"{number} drawn: {told}.", *advice]),
             self.at.last: result.seeds[0],
         }
+
+    def _hand_over(self, name: str, kind: str, data: bytes) -> Update:
+        return {self.at.parcel: [name, f"data:{kind};base64,{base64.b64encode(data).decode()}"]}
 
     def _ready(self) -> Update:
         return {
             self.at.generate: gr.Button(interactive=True),
             self.at.cancel: gr.Button(interactive=False),
         }
+
+
+def _owner(ticket: str, request: gr.Request) -> str:
+    """Who draws: the browser's tab, which keeps its ticket over a reload."""
+    return ticket if re.fullmatch(r"[0-9a-f]{32}", ticket or "") else owner_of(request)

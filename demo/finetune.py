@@ -22,11 +22,12 @@ from diffusionfm.lora import CONFIG, WEIGHTS
 
 from . import runcards
 from .adapters import refreshed
-from .cards import note
+from .cards import notes
 from .dataset import SHEET, Rows, look_through, pictures_of, settle, take_in
 from .finetune_controls import EMPTY, Controls, lay_out
 from .lane import Lane
 from .processes import Command
+from .runcards import note
 from .runs import Run, State
 from .runtab import HIDDEN, RunTab, Update, told, waiting
 
@@ -210,7 +211,7 @@ class Tab(RunTab):
         if state.word == "failed":
             return note(f"It failed: {run.problem}", "warn")
         if state.word == "done":
-            return "".join(note(words) for words in found.words)
+            return notes(found.words)
         steps = int(run.facts["settings"]["steps"])
         if state.word == "stopped":
             return note(f"Stopped at step {found.step} of {steps}. Resume goes on from there.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from threading import Event
+from threading import Condition
 from typing import Any
 
 from PIL import Image
 
-from diffusionfm.pipeline import Cancelled
+from diffusionfm.pipeline import Cancelled, Pictures
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 
@@ -20,10 +20,23 @@ from .runs import Runs
 
 PREVIEWS = 7
 """How many previews a drawing shows, whatever its number of steps."""
-AT_ONCE = 32
-"""Drawings that may be under way at a time; the engine lets them share network calls, and take turns."""
+AT_ONCE = 24
+"""Drawings of pages that may be under way at a time; the engine lets them share network calls, and take turns."""
+PATIENCE, KEPT = 20.0, 600.0
+"""Seconds that a drawing goes on after its page was closed, and that its pictures are kept: a reload finds both."""
+MOST_KEPT = 128
+"""Finished drawings that are kept, for pages that are open or may come back: the oldest go first."""
+LOOK = 0.5
+"""Seconds between looks at the place in the queue."""
 REFUSED = (ValueError, QueueFull, Closed)
 """What a drawing that was not taken raises, in words for a person."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Not begun: as many requests of others are drawn before this one."""
+
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -42,15 +55,40 @@ def owner_of(request: Any) -> str:
 
 
 @dataclass(eq=False)
-class Job:
-    """One person's drawing, from the click to the last picture."""
+class Drawing:
+    """One person's drawing, from the click to the last picture. Several may look on, one after another."""
 
-    cancelled: Event = field(default_factory=Event)
-    future: Future | None = None
+    request: Request
+    page: str  # the open page that looks on; another after a reload
+    future: Future[Pictures]
+    step: tuple[int, int, Callable[[], list[Image.Image]] | None] = (0, 0, None)
+    paces: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=8))  # (when, step), of late
+    changed: Condition = field(default_factory=Condition)
+    left: float | None = None  # when the page was closed
+    ended: float | None = None
+
+    def report(self, step: int, total: int, preview: Callable[[], list[Image.Image]]) -> bool:
+        """The engine's on_step: notes the step; gives up a drawing whose page is closed for too long."""
+        with self.changed:
+            self.step = step, total, preview
+            self.paces.append((time.monotonic(), step))
+            self.changed.notify_all()
+        return self.left is not None and time.monotonic() > self.left + PATIENCE
+
+    def end(self, _: Future[Pictures]) -> None:
+        """The future's callback."""
+        with self.changed:
+            self.ended, self.step = time.monotonic(), (*self.step[:2], None)
+            self.changed.notify_all()
+
+    def seconds_left(self) -> float:
+        """By the pace of the last steps: it changes with the company."""
+        (first, step), (last, now) = self.paces[0], self.paces[-1]
+        return (last - first) / max(1, now - step) * (self.step[1] - now)
 
 
 class Lane:
-    """Drawings of open pages. Each is known by its owner, so nobody can stop another's.
+    """Drawings of open pages. Each is known by its owner, so nobody can stop, or see, another's.
 
     runs: the long ones, trainings and batches."""
 
@@ -59,65 +97,93 @@ class Lane:
         self.runs = runs or Runs()
         self.person: Any = None  # the component that knows whose page it is
         self.pickers: dict[str, Any] = {}  # of adapters, by tab
-        self._jobs: dict[str, Job] = {}
+        self._drawings: dict[str, Drawing] = {}
 
-    def enter(self, owner: str) -> int:
-        """Register the owner's next drawing; returns how many others are under way."""
-        others = sum(key != owner for key in self._jobs)
-        self._jobs[owner] = Job()
-        return others
+    def start(self, owner: str, request: Request, page: str = "") -> Drawing:
+        """Queue the owner's next drawing, which takes the place of the last one. Raises one of REFUSED at once."""
+        self._sweep()
+        if old := self._drawings.get(owner):
+            old.future.cancel()
+        elif self.busy >= AT_ONCE:
+            raise QueueFull(f"{self.busy} people are drawing: try again a little later", 5.0)
+        drawing = Drawing(request, page, Future())
+        drawing.paces.append((time.monotonic(), 0))
+        drawing.future = self.engine.submit(request, owner, drawing.report)
+        drawing.future.add_done_callback(drawing.end)
+        self._drawings[owner] = drawing
+        return drawing
 
-    def company(self, others: int) -> str:
-        """A word about who else keeps the machine busy."""
-        words = f"Drawing beside {others} other{'s' * (others > 1)}." if others else ""
-        return f"{words} {self.runs.company()}".strip()
+    @property
+    def busy(self) -> int:
+        """Drawings under way."""
+        return sum(drawing.ended is None for drawing in [*self._drawings.values()])
+
+    def find(self, owner: str, page: str) -> Drawing | None:
+        """The owner's drawing, under way or of late, for the page that looks on from now; None without one."""
+        self._sweep()
+        drawing = self._drawings.get(owner)
+        if drawing is not None:
+            drawing.page, drawing.left = page, None
+        return drawing
+
+    def watch(self, drawing: Drawing) -> Iterator[Waiting | Step | Pictures]:
+        """How it goes, as it goes, and the pictures at last. Who stops looking on stops nothing.
+
+        Whatever the engine raises is raised here, `Cancelled` when the owner cancelled.
+        """
+        seen, place, looks = 0, None, -1
+        while drawing.ended is None:
+            with drawing.changed:
+                if drawing.ended is None and drawing.step[0] <= seen:
+                    drawing.changed.wait(LOOK)
+                step, total, preview = drawing.step
+                left = drawing.seconds_left()
+            if step > seen:
+                look = step * (PREVIEWS + 1) // total  # a new one is due each time that this grows
+                show = preview() if preview and looks < look and step < total else None
+                seen, looks = step, look
+                yield Step(step, total, left, show)
+            elif not seen and (ahead := self.engine.ahead(drawing.future)) != place:
+                place = ahead
+                yield Waiting(ahead)
+        try:
+            yield drawing.future.result()
+        except CancelledError as error:
+            raise Cancelled("stopped") from error
+
+    def draw(self, owner: str, request: Request) -> Iterator[Waiting | Step | Pictures]:
+        """`start` and `watch`; to leave the iterator early stops the drawing."""
+        drawing = self.start(owner, request)
+        try:
+            yield from self.watch(drawing)
+        finally:
+            drawing.future.cancel()
+            if self._drawings.get(owner) is drawing:
+                del self._drawings[owner]
 
     def cancel(self, owner: str) -> bool:
         """Stop the owner's drawing, running or waiting, within a step; whether there was one."""
-        job = self._jobs.get(owner)
-        if job is None:
-            return False
-        job.cancelled.set()
-        if job.future is not None:
-            job.future.cancel()
-        return True
+        drawing = self._drawings.get(owner)
+        return drawing is not None and drawing.future.cancel()
 
-    def leave(self, owner: str) -> None:
-        """Stop the owner's drawing and forget it: the page was closed, or the drawing never began."""
-        self.cancel(owner)
-        self._jobs.pop(owner, None)
+    def leave(self, page: str) -> None:
+        """A page was closed: what it looked on is drawn on for PATIENCE seconds, in case it comes back."""
+        for drawing in [*self._drawings.values()]:
+            if drawing.page == page:
+                drawing.left = time.monotonic()
+        self._sweep()
 
-    def draw(self, owner: str, request: Request) -> Iterator[Any]:
-        """Draw: yields `Step`s, then the pictures.
-
-        Whatever the engine raises is raised here, `Cancelled` when the owner cancelled. Leaving the iterator early
-        stops the drawing too.
-        """
-        job = self._jobs.get(owner) or self._jobs.setdefault(owner, Job())
-        events: SimpleQueue[Any] = SimpleQueue()
-        began = time.monotonic()
-        try:
-            job.future = self.engine.submit(request, owner, lambda *step: events.put(step))
-            job.future.add_done_callback(events.put)
-            if job.cancelled.is_set():
-                job.future.cancel()
-            while not isinstance(event := events.get(), Future):
-                step, total, preview = event
-                yield _step(step, total, preview, time.monotonic() - began)
-            yield event.result()
-        except CancelledError as error:
-            raise Cancelled("stopped") from error
-        finally:
-            if job.future is not None:
-                job.future.cancel()
-            if self._jobs.get(owner) is job:
-                del self._jobs[owner]
-
-    def result(self, owner: str, request: Request) -> Any:
+    def result(self, owner: str, request: Request) -> Pictures:
         """Draw without looking on: the pictures."""
         return self.engine.submit(request, owner).result()
 
-
-def _step(step: int, total: int, preview: Any, seconds: float) -> Step:
-    look = step < total and step % max(1, round(total / (PREVIEWS + 1))) == 0
-    return Step(step, total, seconds / step * (total - step), preview() if look else None)
+    def _sweep(self) -> None:
+        """Stop what nobody came back to; forget what ended and nobody looks at, and the oldest of too many."""
+        now = time.monotonic()
+        for drawing in [*self._drawings.values()]:
+            if drawing.left is not None and now > drawing.left + PATIENCE:
+                drawing.future.cancel()
+        ended = [(d.left or now, owner) for owner, d in [*self._drawings.items()] if d.ended is not None]
+        ended.sort()
+        for _, owner in ended[: max(0, len(ended) - MOST_KEPT)] + [e for e in ended if now > e[0] + KEPT]:
+            self._drawings.pop(owner, None)

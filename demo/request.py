@@ -1,11 +1,15 @@
-"""What a person asks for, in the library's words, and the PNG files that answer it."""
+"""What a person asks for, in the library's words, and the files that answer it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+import zipfile
+from typing import Any
 
 from diffusionfm import __version__
-from diffusionfm.images import encode_png
+from diffusionfm.formats import trace
+from diffusionfm.images import encode_png, parse_a1111
 from diffusionfm.phrasing import in_style, on_background
 from diffusionfm.pipeline import DiffusionFMPipeline, Pictures
 from diffusionfm.serve.jobs import Request
@@ -47,9 +51,16 @@ def compose(prompt: str, style: str = AS_WRITTEN, background: str = NOTHING) -> 
 
 
 def asked_for(
-    prompt: str, negative: str | None, seed: int, steps: int, guidance: float, count: int
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    steps: int,
+    guidance: float,
+    count: int,
+    size: str = "",
 ) -> Request:
-    """What the controls ask for."""
+    """What the controls ask for; size: as `size_name` has it, "" for the model's own."""
+    width, height = map(int, size.split(" × ")) if size else (None, None)
     return Request(
         prompt,
         (negative or "").strip(),
@@ -57,28 +68,87 @@ def asked_for(
         seed=int(seed),
         steps=int(steps),
         guidance=float(guidance),
+        width=width,
+        height=height,
     )
 
 
-def encode(
-    pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures, loras: Sequence[str] = ()
-) -> list[bytes]:
-    """The result's pictures as PNG files, alpha kept, each with all it takes to draw it again.
+def size_name(width: int, height: int) -> str:
+    """As the picker shows it."""
+    return f"{width} × {height}"
 
-    loras: "name:weight" of those worn."""
-    common = {
+
+def sizes(width: int, height: int, unit: int = 16) -> list[str]:
+    """The sizes one can pick: the model's own, and about as many pixels wide and tall."""
+    long, short = (round(side * share / unit) * unit for side, share in ((width, 1.25), (height, 0.75)))
+    return [size_name(*pair) for pair in dict.fromkeys([(width, height), (long, short), (short, long)])]
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """The settings of a copied text, as controls may hold them: prompt, negative, and what else it says of
+    seed, steps, guidance, width and height."""
+    found = parse_a1111(text[: 4 * MAX_PROMPT])
+    settings: dict[str, Any] = {
+        "prompt": found["prompt"][:MAX_PROMPT],
+        "negative": found.get("negative_prompt", "")[:MAX_PROMPT],
+    }
+    for name, least, most in (
+        ("seed", 0, MAX_SEED),
+        ("steps", 1, MAX_STEPS),
+        ("guidance", 0.0, MAX_GUIDANCE),
+    ):
+        if found.get(name) == found.get(name) is not None:  # a guidance may be NaN
+            settings[name] = min(max(found[name], least), most)
+    return settings | {key: found[key] for key in ("width", "height") if key in found}
+
+
+# ------------------------------------------------------------------ files
+
+
+def parameters(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[dict[str, Any]]:
+    """All it takes to draw each of the pictures again."""
+    common: dict[str, Any] = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "steps": asked.steps,
         "guidance": asked.guidance,
         "model": pipe.model_name,
         "version": __version__,
-        **({"lora": list(loras)} if loras else {}),
     }
+    if asked.loras:
+        common["lora"] = [f"{name.partition('+')[0]}:{scale:g}" for name, scale in asked.loras]
     return [
-        encode_png(image, common | {"seed": seed, "width": image.width, "height": image.height})
+        common | {"seed": seed, "width": image.width, "height": image.height}
         for image, seed in zip(pictures.images, pictures.seeds, strict=True)
     ]
+
+
+def encode(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[bytes]:
+    """The pictures as PNG files, alpha kept, each with its parameters inside."""
+    said = parameters(pipe, asked, pictures)
+    return [encode_png(image, its) for image, its in zip(pictures.images, said, strict=True)]
+
+
+def svg(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures, number: int) -> bytes:
+    """Picture `number`, traced."""
+    return trace(pictures.images[number], parameters=parameters(pipe, asked, pictures)[number])
+
+
+def zip_of(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> bytes:
+    """A ZIP of every picture, as PNG and as SVG."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for k, (data, seed) in enumerate(zip(encode(pipe, asked, pictures), pictures.seeds, strict=True)):
+            archive.writestr(f"{file_name(asked.prompt, seed)}.png", data)
+            traced = svg(pipe, asked, pictures, k)
+            archive.writestr(f"{file_name(asked.prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def file_name(prompt: str, seed: int | None = None) -> str:
+    """Of a picture's file, without its suffix: red-apple-7."""
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
+    return name if seed is None else f"{name}-{seed}"
 
 
 def seeds_in_words(seeds: list[int]) -> str:

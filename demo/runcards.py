@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .cards import notes
+
 SHEET_WIDTH = 1600
 """Pixels that a sheet is sent with at most."""
 SHOWN_FAULTS = 8
@@ -22,6 +24,11 @@ def lines(title: str, texts: Sequence[str], faults: Sequence[str] = ()) -> str:
     if len(faults) > SHOWN_FAULTS:
         items += f'<li class="amiss">and {len(faults) - SHOWN_FAULTS} more</li>'
     return f'<section class="report"><h3>{escape(title)}</h3><ul>{items}</ul></section>'
+
+
+def note(text: str, kind: str = "plain") -> str:
+    """One quiet line; `kind` is plain or warn."""
+    return notes([text] if text else [], kind)
 
 
 def empty(title: str, text: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from .cards import note
 from .lane import Lane
+from .runcards import note
 from .runs import Run, State
 
 Update = dict[Any, Any]

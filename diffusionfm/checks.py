@@ -59,6 +59,7 @@ WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+CHECKSUMS = "checksums.json"
 OTHER_FILES = {"tokenizer": "tokenizer.json", "scheduler": "scheduler_config.json"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -232,6 +233,31 @@ def _check_component(folder: Path, name: str) -> None:
             f"{weights} is missing: copy the model folder again, or write it with save_pretrained"
         )
     check_safetensors(weights)
+
+
+def write_checksums(folder: Path) -> None:
+    """checksums.json beside a model's weights: the SHA-256 of each file, so that a damaged copy is seen."""
+    found = {file: _sha256(folder / file) for file in (f"{name}/{file}" for name, file in WEIGHTS.items())}
+    (folder / CHECKSUMS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def check_checksums(folder: Path) -> None:
+    """ValueError for weights that are not those checksums.json tells of; a folder without one is not checked."""
+    if not (folder / CHECKSUMS).exists():
+        return
+    for file, digest in read_json(folder / CHECKSUMS).items():
+        if file not in {f"{name}/{file}" for name, file in WEIGHTS.items()}:
+            raise ValueError(f"{folder / CHECKSUMS} names {file!r}, which is no weights file of a model")
+        if _sha256(folder / file) != digest:
+            raise ValueError(
+                f"{folder / file} is not the file that was saved: copy it again, or if you changed it on purpose "
+                f"remove {CHECKSUMS}"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 from PIL import Image, ImageColor, ImageFilter
 
 from diffusionfm.colors import COLORS, rgb
-from diffusionfm.images import encode_png, encode_webp, on_background
+from diffusionfm.images import encode_png, encode_webp, on_background, provenance
 
 FORMATS = ("png", "webp", "svg")
 SIZE = (16, 4096)
@@ -112,7 +112,8 @@ def trace(
     """An SVG of filled splines, by vtracer, that looks like the RGBA `image`: flat colours, transparent ground.
 
     What is half transparent or less is left out, the rest is opaque: soft shadows become edges. A background,
-    "#rrggbb", is a rectangle under the picture. size: of the longer side. Parameters go in <title> and <desc>.
+    "#rrggbb", is a rectangle under the picture. size: of the longer side. Parameters go in <title> and <desc>, IPTC's
+    digitalSourceType in <metadata>.
     """
     import vtracer
 
@@ -184,9 +185,10 @@ def _scaled(size: tuple[int, int], side: int | None) -> tuple[int, int]:
 
 
 def _notes(parameters: dict[str, Any]) -> str:
-    """The prompt as the title that a reader speaks, and everything as JSON."""
+    """The prompt as the title that a reader speaks, everything as JSON, and where the picture is from."""
     title = re.sub(
         r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(parameters.get("prompt", ""))
     )
     text = json.dumps(parameters, ensure_ascii=True, sort_keys=True)
-    return f"<title>{escape(title)}</title>\n<desc>{escape(text)}</desc>\n"
+    origin = f"<metadata>{provenance(parameters)}</metadata>\n"
+    return f"<title>{escape(title)}</title>\n<desc>{escape(text)}</desc>\n{origin}"

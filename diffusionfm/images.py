@@ -32,11 +32,12 @@ ImageDescription = 0x010E  # of EXIF
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MAX_TEXT = 2**20
 MAX_PIXELS = 2**28
-_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+_RDF = """<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
  xmlns:xmp="http://ns.adobe.com/xap/1.0/" Iptc4xmpExt:DigitalSourceType="{source}" xmp:CreatorTool="{tool}"/>
-</rdf:RDF></x:xmpmeta>
+</rdf:RDF>"""
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">{rdf}</x:xmpmeta>
 <?xpacket end="w"?>"""
 # The words of an A1111 "parameters" line and our names for them.
 _A1111 = {
@@ -122,9 +123,14 @@ def _json(parameters: dict[str, Any]) -> str:
     return json.dumps(parameters, ensure_ascii=True, sort_keys=True)
 
 
-def _xmp(parameters: dict[str, Any]) -> str:
+def provenance(parameters: dict[str, Any]) -> str:
+    """RDF as XMP has it: that the picture is of a trained model, and of which tool."""
     tool = f"DiffusionFM {parameters.get('version', '')}".strip()
-    return _XMP.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
+    return _RDF.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
+
+
+def _xmp(parameters: dict[str, Any]) -> str:
+    return _XMP.format(rdf=provenance(parameters))
 
 
 def save_png(

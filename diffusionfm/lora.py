@@ -16,6 +16,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_NAME, BASE_HASH = "base_model_name_or_path", "revision"  # in CONFIG, the model it was trained on
 KOHYA_NAME, KOHYA_HASH = "ss_sd_model_name", "ss_new_sd_model_hash"  # in a file's metadata, the same
 PEFT = "base_model.model."
+FEW_STEP = "few_step"  # of a pipeline folder: an adapter that draws in few steps, and its generation.json
 # Of a single file: what a tensor's name begins with, by the network it is for. Kohya writes _ for every dot.
 PREFIXES = {
     "transformer": ("lora_unet_", "diffusion_model.", "transformer."),
@@ -116,6 +117,32 @@ def _set_strength(network: Any, name: str, scale: float, taken: set[str]) -> Non
             magnitude = module.lora_magnitude_vector[name].weight
             own = module.get_base_layer().weight.detach().norm(dim=1).to(magnitude.dtype)
             magnitude.data = own + scale * (magnitude.detach() - own)
+
+
+def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
+    """Add a pipeline folder's few-step adapter to its denoiser's weights; returns the steps and guidance it draws at.
+
+    ValueError where the folder has none, or one of another model."""
+    import torch
+
+    source = folder / FEW_STEP
+    if not source.is_dir():
+        raise ValueError(
+            f"{folder} has no {FEW_STEP} adapter: draw without --fast, or make one with train/distill.py"
+        )
+    check_lora(source)
+    settings, weights = read_folder(source)["transformer"]
+    _check_fit(network, source, weights)
+    layers = dict(network.named_modules())
+    scale = settings["lora_alpha"] / settings["r"]
+    with torch.no_grad():
+        for key, down in weights.items():
+            layer, _, kind = key.removeprefix(PEFT).partition(".lora_")
+            if kind.startswith("A"):
+                up = weights[key.replace(".lora_A.", ".lora_B.")]
+                weight = layers[layer].weight
+                weight += (scale * up.float() @ down.float()).to(weight)
+    return read_json(source / "generation.json")
 
 
 # ---- what is on disk -----------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ class Muon(torch.optim.Muon):
     memory to as many updates as there are ranks.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, matrices: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float
+    ) -> None:
         super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()

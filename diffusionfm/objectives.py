@@ -269,7 +269,8 @@ class FlowMatching(nn.Module):
     Each sample's prompt is dropped with chance `prompt_dropout`: it becomes the empty prompt, which is also what
     classifier-free guidance calls unconditional. `times` goes to `flow.sample_times`. Prompts are padded to a multiple
     of `text_multiple` tokens, so that a compiled denoiser meets few shapes. Text features that come with the batch
-    are taken as they are.
+    are taken as they are. With `tune_text` the text encoder learns along (slowly, by trainer.lr_scale): one that was
+    taught to tell pictures apart need not tell "red circle, blue star" from "blue circle, red star".
     """
 
     def __init__(
@@ -280,20 +281,19 @@ class FlowMatching(nn.Module):
         prompt_dropout: float = 0.1,
         times: dict[str, Any] | None = None,
         text_multiple: int = 32,
+        tune_text: bool = False,
     ):
         super().__init__()
-        self.denoiser, self.text_encoder, self.tokenizer = (
-            denoiser,
-            text_encoder.eval().requires_grad_(False),
-            tokenizer,
-        )
+        self.denoiser, self.tokenizer, self.tune_text = denoiser, tokenizer, tune_text
+        self.text_encoder = text_encoder.eval().requires_grad_(tune_text)
         self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple
         self._empty: Tensor | None = None
         self.shapes: tuple[torch.Size, torch.Size] | None = None  # of a sample's latent and text, once known
 
     def networks(self) -> dict[str, nn.Module]:
-        """The network to train and save; named as the pipeline names it."""
-        return {"transformer": self.denoiser}
+        """The networks to train and save; named as the pipeline names them."""
+        tuned: dict[str, nn.Module] = {"text_encoder": self.text_encoder} if self.tune_text else {}
+        return {"transformer": self.denoiser} | tuned
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: "latent" (b, c, y, x) normalised, "caption" [b], or for that "text" (b, l, d) and "mask" (b, l).
@@ -302,6 +302,10 @@ class FlowMatching(nn.Module):
         x0 = batch["latent"].float()
         kept = torch.rand(len(x0)) >= self.prompt_dropout
         if "text" in batch:
+            if self.tune_text:
+                raise ValueError(
+                    "tune_text needs captions: these shards hold ready text features, precompute without"
+                )
             text, mask = drop_prompts(batch["text"].float(), batch["mask"], kept, self.empty_prompt())
         else:
             pairs = zip(batch["caption"], kept.tolist(), strict=True)
@@ -312,12 +316,12 @@ class FlowMatching(nn.Module):
         error = self.error(x0, noise, t, text, mask)
         return error.mean(), by_time(error.detach(), t)
 
-    @torch.no_grad()
     def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Text features (b, l, d) and mask (b, l) of captions, by the frozen text encoder."""
-        text, mask, _ = encode_prompts(
-            self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple
-        )
+        """Text features (b, l, d) and mask (b, l) of captions; only a tuned text encoder gets gradients."""
+        with torch.set_grad_enabled(self.tune_text and torch.is_grad_enabled()):
+            text, mask, _ = encode_prompts(
+                self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple
+            )
         return text, mask
 
     def error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:

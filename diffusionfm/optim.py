@@ -1,6 +1,7 @@
 """Optimisers and their schedule: AdamW, or Muon for block matrices and AdamW for the rest; a WSD rate."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +49,24 @@ def build_optimizers(
     lr: float = 1e-3,
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.95),
+    scales: dict[str, float] | None = None,
 ) -> dict[str, torch.optim.Optimizer]:
     """Optimisers by name: {"adamw"} or {"muon", "adamw"}. Weight decay falls on matrices and filters only.
+
+    scales: network name -> factor on the learning rate of its parameters, 1 where it is not named.
 
     Muon (Jordan et al. 2024) orthogonalises the update of every matrix inside a block; its step is scaled
     to AdamW's RMS (Liu et al. 2025, arXiv 2502.16982), so that one learning rate serves both.
     """
     if kind not in ("adamw", "muon"):
         raise ValueError(f"trainer.optimizer is adamw or muon, not {kind!r}")
-    parameters = list(trainable(networks).values())
+    named = trainable(networks)
+    if unknown := set(scales or {}) - set(networks):
+        raise ValueError(
+            f"trainer.lr_scale names {', '.join(sorted(unknown))}; this trains {', '.join(networks)}"
+        )
+    parameters = list(named.values())
+    scale = {id(p): (scales or {}).get(key.partition("/")[0], 1.0) for key, p in named.items()}
     blocks = (
         {id(p) for network in networks.values() for p in _block_matrices(network)}
         if kind == "muon"
@@ -70,16 +80,23 @@ def build_optimizers(
             raise ValueError(
                 "trainer.optimizer=muon needs Linear layers inside a ModuleList of blocks; use adamw"
             )
-        optimizers["muon"] = Muon(matrices, lr, weight_decay)
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+        optimizers["muon"] = Muon(_by_scale(matrices, scale), lr, weight_decay)
+    groups = _by_scale([p for p in rest if p.ndim >= 2], scale, weight_decay=weight_decay)
+    groups += _by_scale([p for p in rest if p.ndim < 2], scale, weight_decay=0.0)
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for p in rest)
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
     return optimizers
+
+
+def _by_scale(
+    parameters: list[nn.Parameter], scale: dict[int, float], **options: float
+) -> list[dict[str, Any]]:
+    """Parameter groups, one a factor on the learning rate, for `set_lr` to heed."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(scale[id(parameter)], []).append(parameter)
+    return [{"params": some, "lr_scale": factor, **options} for factor, some in found.items()]
 
 
 def _block_matrices(network: nn.Module) -> Iterator[Tensor]:
@@ -108,10 +125,10 @@ def wsd(step: int, steps: int, warmup: int, decay_fraction: float) -> float:
 
 
 def set_lr(optimizers: dict[str, torch.optim.Optimizer], lr: float) -> None:
-    """Give every group of every optimiser this learning rate."""
+    """Give every group of every optimiser this learning rate, times the group's own factor."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def optimizer_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 def article(phrase: str) -> str:
@@ -30,6 +31,47 @@ VOWEL = re.compile(
 MASS = frozenset(
     "rice bread water fire snow rain ice sushi cheese bacon butter salt wind lightning fog money sake".split()  # noqa: SIM905
 )
+
+
+def plural(phrase: str) -> str:
+    """A phrase in the plural: "red star" -> "red stars", "box" -> "boxes", "mouse" -> "mice"."""
+    head, _, last = phrase.rpartition(" ")
+    if last in IRREGULAR:
+        many = IRREGULAR[last]
+    elif re.search(r"(s|x|z|ch|sh)$", last):
+        many = f"{last}es"
+    elif re.search(r"[^aeiou]y$", last):
+        many = f"{last[:-1]}ies"
+    else:
+        many = f"{last}s"
+    return f"{head} {many}".strip()
+
+
+IRREGULAR = {
+    "mouse": "mice", "man": "men", "woman": "women", "child": "children", "person": "people", "foot": "feet",
+    "tooth": "teeth", "goose": "geese", "knife": "knives", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves",
+    "ox": "oxen", "fish": "fish", "sheep": "sheep", "deer": "deer", "potato": "potatoes", "tomato": "tomatoes",
+    "cactus": "cacti", "bison": "bison", "shrimp": "shrimp", "squid": "squid",
+}  # fmt: skip
+
+# Words that say how others hang together, or are said to be polite: a prompt may have them, captions or not.
+_SMALL = """
+a about above across after all also am an and any are around as at be been behind being below beneath beside
+between both but by can could d do does doing don't down draw drawing each every few for from get give had
+has have he her here him his how i if image in inside into is it it's its just kind let like ll made make
+many me more most much my near next no not of off on one only onto or other our out outside over own per
+picture please put s same she should show so some such t than that the their them then there these they
+thing this those through to too top toward towards under until up us using very want was we were what when
+where which while who whose will with within without would you your
+"""
+SMALL_WORDS = frozenset(_SMALL.split())
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a text in their order, in lower case; numbers are none."""
+    return re.findall(
+        r"[^\W\d_]+(?:'[^\W\d_]+)*", unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    )
 
 
 def in_style(style: str, phrase: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from diffusionfm.checks import (
     COMPONENTS,
     DEFAULTS,
     WEIGHTS,
+    check_checksums,
     check_model,
     check_prompt,
     check_seed,
@@ -32,10 +33,12 @@ from diffusionfm.checks import (
     model_hash,
     read_defaults,
     read_json,
+    write_checksums,
 )
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
 from diffusionfm.images import write_atomic
 from diffusionfm.text import encode_prompts, truncated_words
+from diffusionfm.vocabulary import FILE, Vocabulary
 
 DTYPES = {
     "auto": None,
@@ -57,11 +60,15 @@ class Cancelled(Exception):
 
 @dataclass
 class Pictures:
-    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know."""
+    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know.
+
+    flagged: words of the prompt that a server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
+    """
 
     images: list[Image.Image] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    flagged: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -96,6 +103,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         self.loras: dict[str, float] = {}
         self.lora_sources: dict[str, Path] = {}
         self._base: str | None = None  # base_hash, once it was asked for
+        self.fast = False
+        self.vocabulary: Vocabulary | None = None  # of a model whose folder lists its words
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -108,9 +117,11 @@ class DiffusionFMPipeline(DiffusionPipeline):
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        fast: bool = False,
     ) -> DiffusionFMPipeline:
         """Load a pipeline folder; None is the shipped model. Nothing is downloaded, unpickled or run from it.
 
+        fast: with the folder's few-step adapter, whose steps and guidance become the defaults.
         dtype: of the denoiser and text encoder, "float32", "bfloat16" or "auto" (see `default_dtype`).
         device: where to run, None the CPU. Raises ValueError, one line, for a folder that cannot be used.
         """
@@ -120,9 +131,17 @@ class DiffusionFMPipeline(DiffusionPipeline):
         index = read_json(folder / "model_index.json")
         with _quiet():
             parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
+        check_checksums(folder)
+        _check_finite(folder, parts)
         pipe = cls(**parts)
-        pipe.defaults = read_defaults(folder)
-        pipe.model_name = folder.resolve().name
+        pipe.defaults, pipe.model_name = read_defaults(folder), folder.resolve().name
+        pipe.fast = fast
+        if fast:
+            from diffusionfm.lora import merge_few_step
+
+            pipe.defaults |= merge_few_step(pipe.transformer, folder)
+            pipe.model_name += "-fast"
+        pipe.vocabulary = Vocabulary.read(folder / FILE)
         pipe.register_to_config(_name_or_path=str(folder))
         return pipe.to(where)
 
@@ -131,6 +150,9 @@ class DiffusionFMPipeline(DiffusionPipeline):
         super().save_pretrained(path, **{**options, "safe_serialization": True})
         text = json.dumps(self.defaults, indent=2, sort_keys=True) + "\n"
         write_atomic(Path(path) / "generation.json", text.encode())
+        if self.vocabulary is not None:
+            write_atomic(Path(path) / FILE, "\n".join([*self.vocabulary.words, ""]).encode())
+        write_checksums(Path(path))
 
     def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0, any_model: bool = False) -> str:
         """Add a LoRA or DoRA at `scale`: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a
@@ -214,7 +236,7 @@ class DiffusionFMPipeline(DiffusionPipeline):
         tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
-        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.truncations(tasks))
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
         words = {} if words is None else words
         for number, group in enumerate(groups):
             hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
@@ -320,8 +342,11 @@ class DiffusionFMPipeline(DiffusionPipeline):
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
         return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
 
-    def truncations(self, tasks: Sequence[Task]) -> list[str]:
-        """A warning for every prompt of which the text encoder reads but the beginning."""
+    def advice(self, tasks: Sequence[Task], loras: Iterable[str] = ()) -> list[str]:
+        """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
+
+        loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
+        from any thread."""
         found = []
         for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
             lost = truncated_words(self.tokenizer, prompt)
@@ -330,7 +355,9 @@ class DiffusionFMPipeline(DiffusionPipeline):
                     f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
                     f"left out: {_ends(lost)!r}"
                 )
-        return found
+            if self.vocabulary is not None and not list(loras):
+                found += self.vocabulary.advice(prompt.removesuffix(lost))
+        return list(dict.fromkeys(found))
 
 
 # ------------------------------------------------------------------ parts of a call
@@ -456,6 +483,16 @@ def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
     from diffusionfm.transformer import DiffusionTransformer
 
     return load_whole(DiffusionTransformer, folder, torch_dtype=dtype)
+
+
+def _check_finite(folder: Path, parts: Mapping[str, Any]) -> None:
+    """ValueError for a weight that is no number: it would spoil every picture."""
+    for name, file in WEIGHTS.items():
+        for key, value in parts[name].named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{folder / name / file}: {key} holds values that are no numbers: copy it again"
+                )
 
 
 class _quiet:

@@ -26,6 +26,7 @@ class TrainerConfig:
     )
     grad_accum: int = 1  # pieces in which each rank works a batch off
     lr: float = 1e-3
+    lr_scale: dict[str, float] = field(default_factory=dict)  # network -> factor on lr for its parameters
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     optimizer: str = "adamw"  # or muon

@@ -5,6 +5,7 @@ Axes: b batch, l tokens, d width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, START, END = "<pad>", "<s>", "</s>"
+# Fast tokenizers keep truncation and padding as state: two threads in one would raise "Already borrowed".
+_TOKENIZING = threading.Lock()
 
 
 def train_tokenizer(
@@ -89,7 +92,8 @@ def tokenize(
     l is the longest prompt's length, rounded up to a multiple of `multiple` where the context allows it.
     """
     limit = tokenizer.model_max_length
-    out = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    with _TOKENIZING:
+        out = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     ids, mask = out["input_ids"], out["attention_mask"].bool()
     length = ids.shape[1]
     more = max(0, min(-(-length // multiple) * multiple, limit) - length)
@@ -98,7 +102,8 @@ def tokenize(
 
 def truncated_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     """The end of a prompt that does not fit the encoder's context; empty when all of it fits."""
-    out = tokenizer([prompt], truncation=False, return_offsets_mapping=True, verbose=False)
+    with _TOKENIZING:
+        out = tokenizer([prompt], truncation=False, return_offsets_mapping=True, verbose=False)
     offsets, limit = out["offset_mapping"][0], tokenizer.model_max_length
     return "" if len(offsets) <= limit else prompt[offsets[limit - 1][0] :].strip()
 

@@ -244,7 +244,12 @@ class Trainer:
             self.sharding = Sharding(cfg.sharding, self.objective, self.device)
             self.parameters = optim.trainable(self.networks)
         self.optimizers = optim.build_optimizers(
-            self.networks, cfg.optimizer, cfg.lr, cfg.weight_decay, (cfg.betas[0], cfg.betas[1])
+            self.networks,
+            cfg.optimizer,
+            cfg.lr,
+            cfg.weight_decay,
+            (cfg.betas[0], cfg.betas[1]),
+            cfg.lr_scale,
         )
         if self.sharding is None:
             self.model, *self.prepared = accelerator.prepare(self.objective, *self.optimizers.values())

@@ -449,7 +449,9 @@ def test_with_keys_every_door_but_health_is_shut(fresh):
         answer = running.client.get("/v1/models", headers={"Authorization": wrong.encode("latin-1")})
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
         assert answer.json()["error"]["type"] == "authentication_error"
-    assert running.client.get("/v1/models").status_code == 401  # the tenth
+    for _ in range(5):
+        wrong = running.client.get("/v1/models", headers={"Authorization": "Bearer no"})
+        assert wrong.status_code == 401
     answer = running.client.get("/v1/models", headers=good)
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
 
@@ -494,7 +496,7 @@ def test_unknown_paths_answer_in_the_same_shape(api):
         (["--port", "99999"], "a port is"),
         (["--model", "nowhere"], "no model folder"),
         (["--lora", "nowhere"], "no LoRA folder"),
-        (["--api-key-file", "nowhere"], "no key file"),
+        (["--api-key-file", "nowhere"], "no file at"),
         (["--requests-per-minute", "0"], "requests a minute"),
     ],
 )
@@ -508,6 +510,7 @@ def test_the_command_refuses_in_one_line(options, words, capsys, monkeypatch):
 def test_keys_are_read_and_weak_ones_refused(tmp_path):
     file = tmp_path / "keys.txt"
     file.write_text(f"# two\n{KEY}\n\n{OTHER_KEY}\n")
+    file.chmod(0o600)
     assert read_keys(file, "ignored") == [KEY, OTHER_KEY]
     assert read_keys(None, KEY) == [KEY] and read_keys(None, None) == []
     for bad in ("", "short", "with spaces in the key", "é" * 20):

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 
 import pytest
 
@@ -20,12 +21,12 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from demo import app, cards, request
-from demo.lane import PREVIEWS, Lane, Step
+from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
-from diffusionfm.images import read_parameters
+from diffusionfm.images import format_a1111, read_parameters
 from diffusionfm.pipeline import Cancelled
 from diffusionfm.serve.engine import Engine
-from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.jobs import Limits, QueueFull, Request
 
 
 def free_port() -> int:
@@ -78,15 +79,54 @@ def test_nothing_from_outside_becomes_markup():
     bad = '<img src=x onerror="alert(1)">'
     data = io.BytesIO()
     Image.new("RGBA", (4, 4)).save(data, "PNG")
-    for html in (cards.results(bad, [data.getvalue()], [7]), cards.note(bad), cards.header(bad, [bad])):
+    shown = cards.results([data.getvalue()], [{"prompt": bad, "seed": 7}])
+    for html in (shown, cards.notes([bad]), cards.header(bad, [bad])):
         assert "<img src=x" not in html and "&lt;img" in html
-    assert 'download="img-src-x-onerror-alert-1-7.png"' in cards.results(bad, [data.getvalue()], [7])
+    assert 'download="img-src-x-onerror-alert-1-7.png"' in shown
 
 
-def test_progress_says_step_and_time():
+def test_progress_says_step_time_and_place():
     assert "Step 3 of 28 · about 5 s left" in cards.progress(3, 28, 5.2)
     assert "about 3 min" in cards.progress(3, 28, 170)
     assert "left" not in cards.progress(28, 28, 0.0)
+    assert "2 drawings of others before yours" in cards.waiting(2)
+    assert "1 drawing of others" in cards.waiting(1) and "Starting" in cards.waiting(0)
+
+
+def test_copied_settings_come_back_within_what_the_controls_hold():
+    said = {"prompt": "a cat", "negative_prompt": "dog", "steps": 9, "guidance": 2.5, "seed": 7}
+    text = format_a1111(said | {"width": 160, "height": 96, "version": "1"})
+    found = request.read_settings(text)
+    assert found == {
+        "prompt": "a cat",
+        "negative": "dog",
+        "steps": 9,
+        "guidance": 2.5,
+        "seed": 7,
+        "width": 160,
+        "height": 96,
+    }
+    wild = request.read_settings(f"a cat\nSteps: 900, CFG scale: nan, Seed: {2**60}")
+    assert wild == {"prompt": "a cat", "negative": "", "steps": 100, "seed": request.MAX_SEED}
+    assert request.read_settings("just words") == {"prompt": "just words", "negative": ""}
+
+
+def test_sizes_begin_with_the_model_s_own():
+    assert request.sizes(128, 128) == ["128 × 128", "160 × 96", "96 × 160"]
+    asked = request.asked_for("x", None, 0, 2, 3, 1, "160 × 96")
+    assert (asked.width, asked.height, asked.negative_prompt) == (160, 96, "")
+
+
+def test_the_zip_has_every_picture_as_png_and_as_svg(tiny_pipe):
+    asked = Request("a red apple!", seed=5, num_images=2, steps=2, guidance=3.0)
+    drawn = tiny_pipe(asked.prompt, seed=5, num_images=2, num_inference_steps=2)
+    with zipfile.ZipFile(io.BytesIO(request.zip_of(tiny_pipe, asked, drawn))) as archive:
+        names = [f"a-red-apple-{seed}.{kind}" for seed in (5, 6) for kind in ("png", "svg")]
+        assert archive.namelist() == names
+        with Image.open(archive.open(names[2])) as second:
+            assert second.mode == "RGBA" and second.tobytes() == drawn.images[1].tobytes()
+        assert read_parameters(io.BytesIO(archive.read(names[2])))["seed"] == 6
+        assert archive.read(names[3]).startswith(b"<svg ")
 
 
 # ------------------------------------------------------------------ lane
@@ -99,55 +139,95 @@ def lane(tiny_pipe):
 
 
 def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(lane, tiny_pipe):
-    *steps, result = lane.draw("me", Request("a red apple", seed=5, num_images=2, steps=20))
-    assert [event.step for event in steps] == list(range(1, 21))
-    shown = [event.previews for event in steps if event.previews]
-    assert PREVIEWS - 2 <= len(shown) <= PREVIEWS + 3 and all(len(pictures) == 2 for pictures in shown)
+    *events, result = lane.draw("me", Request("a red apple", seed=5, num_images=2, steps=20))
+    numbers = [event.step for event in events if isinstance(event, Step)]
+    assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(1, 21))
+    shown = [event.previews for event in events if isinstance(event, Step) and event.previews]
+    assert 1 <= len(shown) <= PREVIEWS + 1 and all(len(pictures) == 2 for pictures in shown)
     expected = tiny_pipe("a red apple", seed=5, num_images=2, num_inference_steps=20)
     assert [i.tobytes() for i in result.images] == [i.tobytes() for i in expected.images]
 
 
 def test_cancel_stops_within_a_step_and_frees_the_lane(lane):
-    seen = []
+    steps = lane.draw("me", Request("a red apple", steps=500))
+    assert any(isinstance(event, Step) for event in steps)
+    assert not lane.cancel("somebody else")
+    before = lane.engine.counts.steps
+    assert lane.cancel("me")
     with pytest.raises(Cancelled):
-        for event in lane.draw("me", Request("a red apple", steps=500)):
-            seen.append(event.step)
-            if event.step == 3:
-                assert lane.cancel("me")
-                assert not lane.cancel("somebody else")
-    begun = time.monotonic()
+        list(steps)
     *_, result = lane.draw("you", Request("a red apple", steps=2))
-    assert len(result.images) == 1 and time.monotonic() - begun < 30
-    assert max(seen) < 100  # the reader may lag behind the worker, which never got near the end
+    assert len(result.images) == 1
+    assert (
+        lane.engine.counts.steps <= before + 2 + 2
+    )  # at most the step under way, and one begun since `before`
 
 
-def test_cancelling_or_leaving_touches_nobody_else(lane):
+def test_who_leaves_the_iterator_touches_nobody_else(lane):
     done = {}
     others = threading.Thread(
         target=lambda: done.update(you=list(lane.draw("you", Request("yellow star", steps=4)))[-1])
     )
     mine = lane.draw("me", Request("a red apple", steps=300))
-    assert isinstance(next(mine), Step)
+    next(mine)
     others.start()
-    mine.close()  # what a closed page does
+    mine.close()
     others.join(60)
     assert len(done["you"].images) == 1
+    assert lane.find("me", "") is None
 
 
-def test_a_waiting_drawing_cancels_before_its_first_step(lane):
-    assert lane.enter("first") == 0
-    assert lane.enter("second") == 1
-    assert lane.cancel("second")
-    lane.leave("first")
-    assert lane.enter("third") == 1
-    with pytest.raises(Cancelled):
-        list(lane.draw("second", Request("a red apple", steps=400)))
+def test_a_reload_finds_its_drawing_and_a_closed_page_s_stops(lane, monkeypatch):
+    drawing = lane.start("me", Request("a red apple", steps=400), "page 1")
+    lane.leave("page 1")
+    assert lane.find("me", "page 2") is drawing and not drawing.future.done()
+    assert lane.find("you", "page 3") is None
+    monkeypatch.setattr("demo.lane.PATIENCE", -1.0)
+    lane.leave("page 1")  # looked on no more
+    assert not drawing.future.cancelled()
+    lane.leave("page 2")
+    assert drawing.future.cancelled()
+
+
+def test_finished_pictures_are_kept_for_their_page_and_not_for_ever(lane, monkeypatch):
+    drawing = lane.start("me", Request("a red apple", steps=1), "page")
+    drawing.future.result(60)
+    while drawing.ended is None:
+        time.sleep(0.01)
+    assert len(lane.find("me", "page").future.result().images) == 1
+    monkeypatch.setattr("demo.lane.KEPT", -1.0)
+    assert lane.find("me", "page") is None
+
+
+def test_who_waits_is_told_how_many_are_before(tiny_pipe):
+    with Engine(tiny_pipe, Limits(batch=1)) as engine:
+        lane = Lane(engine)
+        long = lane.start("first", Request("a red apple", steps=500))
+        while engine.counts.steps < 2:
+            time.sleep(0.01)
+        other = lane.start("second", Request("a red apple", steps=500))
+        mine = lane.watch(lane.start("me", Request("a red apple", steps=1)))
+        assert next(mine) == Waiting(2)
+        assert engine.ahead(long.future) == 0 and engine.ahead(other.future) == 1
+        other.future.cancel()
+        long.future.cancel()
+        *_, result = mine
+        assert len(result.images) == 1
+
+
+def test_more_than_the_studio_takes_is_refused_at_once(lane, monkeypatch):
+    monkeypatch.setattr("demo.lane.AT_ONCE", 1)
+    lane.start("first", Request("a red apple", steps=300))
+    with pytest.raises(QueueFull, match="1 people|try again"):
+        lane.start("second", Request("a red apple"))
+    assert lane.cancel("first")
+    lane.start("second", Request("a red apple", steps=1))
 
 
 def test_bad_settings_raise_before_any_step(lane):
     with pytest.raises(ValueError, match="steps"):
-        list(lane.draw("me", Request("a red apple", steps=0)))
-    assert lane.enter("you") == 0
+        lane.start("me", Request("a red apple", steps=0))
+    assert lane.busy == 0 and lane.engine.counts.steps == 0
 
 
 # ------------------------------------------------------------------ exposure

@@ -13,10 +13,10 @@ from diffusionfm.evaluate.assets import FILES, load_assets
 from diffusionfm.evaluate.controls import Bench
 from diffusionfm.evaluate.drawn import draw_scene
 from diffusionfm.evaluate.judge import Judge
-from diffusionfm.evaluate.masks import SHAPES
 from diffusionfm.evaluate.protocol import protocol
 from diffusionfm.evaluate.rules import Scene
 from diffusionfm.evaluate.scorecard import real_pictures
+from diffusionfm.outlines import OUTLINES
 
 INKS = ("red", "yellow", "green", "blue", "purple", "black", "pink", "gray")
 
@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
     with ShardWriter(folder) as writer:
         for source in ("plain", "outlined"):
             for ink in INKS:
-                for shape in SHAPES:
+                for shape in OUTLINES:
                     phrase = f"{ink} {shape}"
                     meta = {
                         "source": source,

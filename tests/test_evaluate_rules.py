@@ -8,9 +8,10 @@ from PIL import Image, ImageDraw
 
 from diffusionfm.colors import COLORS, rgb
 from diffusionfm.evaluate.drawn import draw_scene
-from diffusionfm.evaluate.masks import SHAPES, color_words, drawn, oklab, pieces, shape_word
+from diffusionfm.evaluate.masks import color_words, drawn, oklab, pieces, shape_word
 from diffusionfm.evaluate.rules import LINES, PAIRS, SAMPLES, Scene, verdicts
 from diffusionfm.evaluate.statistics import frechet, share_of, wilson
+from diffusionfm.outlines import OUTLINES
 
 RED_STAR, BLUE_CIRCLE = ("red", "star"), ("blue", "circle")
 
@@ -141,7 +142,7 @@ def test_colour_words_bear_shade_and_tint():
     assert np.allclose(grey[:, 0], [0, 1, 0.6], atol=0.01) and np.allclose(grey[:, 1:], 0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", OUTLINES)
 def test_shapes_are_told_apart_and_a_bar_is_none(shape):
     for size in (40, 128):
         assert shape_word(pieces(drawn(pixels(draw_scene(Scene((("red", shape),)), size=size))))[0]) == shape

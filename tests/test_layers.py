@@ -38,9 +38,12 @@ PIECES = {
     "ranks",
     "cost",
     "gpus",
+    "outlines",
+    "phrasing",
+    "vocabulary",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
-USERS = {"batch", "evaluate", "serve", "finetune"}
+USERS = {"batch", "evaluate", "serve", "finetune", "distill"}
 DOORS = {"cli", "train", "demo"}
 DRAWING = {"pipeline", "lora"} | USERS
 LOOP = {"trainer", "settings", "resume", "optim", "muon", "ema", "guard", "sharding", "runlog", "runtime"}
@@ -61,6 +64,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "evaluate": DOORS | {"trainer", "finetune", "serve"},
     "serve": TRAINING | DOORS | {"data", "evaluate"},
     "finetune": DOORS | {"batch", "serve", "evaluate"},
+    "distill": DOORS | {"trainer", "data", "batch", "evaluate", "serve", "finetune"},
     "demo": TRAINING | NETWORKS | {"train", "flow", "attention"},
     "train": {"demo", "cli", "serve"},
 }

@@ -169,6 +169,23 @@ def test_one_seed_gives_one_loss():
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_a_tuned_text_encoder_learns_along_and_wants_captions():
+    objective, batch = flow_matching(tune_text=True)
+    assert set(objective.networks()) == {"transformer", "text_encoder"}
+    loss, _ = objective(batch)
+    loss.backward()
+    learned = [
+        p for p in objective.text_encoder.parameters() if p.grad is not None and p.grad.abs().max() > 0
+    ]
+    assert len(learned) > len(list(objective.text_encoder.parameters())) // 2
+    frozen, _ = flow_matching()
+    with torch.no_grad():
+        assert torch.equal(objective.read(CAPTIONS)[0], frozen.read(CAPTIONS)[0])
+    text, mask = frozen.read(CAPTIONS)
+    with pytest.raises(ValueError, match="precompute without"):
+        objective({**batch, "text": text, "mask": mask})
+
+
 def test_prompt_dropout_is_a_share_and_comes_again_with_the_seed():
     seen: list[list[str]] = []
 

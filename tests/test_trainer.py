@@ -452,6 +452,18 @@ def test_muon_takes_the_block_matrices_only():
         optim.build_optimizers({"net": nn.Linear(2, 2)}, "muon")
 
 
+def test_a_network_may_learn_at_a_rate_of_its_own():
+    nets = {"fast": Toy(), "slow": Toy()}
+    optimizers = optim.build_optimizers(nets, "muon", scales={"slow": 0.1})
+    optim.set_lr(optimizers, 0.5)
+    slow = {id(p) for p in nets["slow"].parameters()}
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    assert sum(len(group["params"]) for group in groups) == 2 * len(slow)
+    assert all(group["lr"] == (0.05 if id(p) in slow else 0.5) for group in groups for p in group["params"])
+    with pytest.raises(ValueError, match="lr_scale names text_encoder"):
+        optim.build_optimizers(nets, scales={"text_encoder": 0.1})
+
+
 def test_the_schedule_rises_stays_and_falls():
     rates = [optim.wsd(step, 100, 10, 0.2) for step in range(100)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71

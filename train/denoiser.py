@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> Path:
             averaged = type(denoiser).from_pretrained(
                 run / "transformer", use_safetensors=True, local_files_only=True
             )
+            if objective.tune_text:
+                text_encoder, _ = load_text(run / "text_encoder", cfg.tokenizer)
             pipe = build_pipeline(vae, text_encoder, tokenizer, averaged, defaults)
             pipe.to(torch.float16)  # half the bytes; loads as float32 or bfloat16
             pipe.save_pretrained(run / "pipeline")

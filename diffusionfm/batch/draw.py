@@ -135,6 +135,7 @@ class Recipe:
     dtype: str
     device: str
     hash: str
+    fast: bool
     threads: int | None  # None: as the worker has them
     finish: Finish
     metadata: bool
@@ -152,7 +153,7 @@ def recipe(
     loras = tuple((str(pipe.lora_sources[name].resolve()), scale) for name, scale in pipe.loras.items())
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     where = (str(Path(folder).resolve()), loras, dtype, pipe.device.type)
-    return Recipe(*where, fingerprint, threads, finish, metadata)
+    return Recipe(*where, fingerprint, pipe.fast, threads, finish, metadata)
 
 
 @lru_cache(1)
@@ -162,7 +163,7 @@ def _load(how: Recipe) -> Drawer:
 
     if how.threads:
         torch.set_num_threads(how.threads)
-    pipe = DiffusionFMPipeline.from_pretrained(how.model, dtype=how.dtype, device=how.device)
+    pipe = DiffusionFMPipeline.from_pretrained(how.model, dtype=how.dtype, device=how.device, fast=how.fast)
     for folder, scale in how.loras:
         pipe.load_lora(folder, scale, any_model=True)  # whoever began the batch was asked
     if pipe.fingerprint() != how.hash:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model, check_prompt, check_seed, check_settings
-from diffusionfm.cli.parts import Parser, StepBar, add_command, add_model_options, load_loras
+from diffusionfm.cli.parts import (
+    Parser,
+    StepBar,
+    add_command,
+    add_model_options,
+    add_safety,
+    load_loras,
+    safety_of,
+)
 from diffusionfm.formats import FORMATS, Finish, pick_format
 from diffusionfm.images import write_atomic
 from diffusionfm.lora import parse_lora
@@ -118,7 +126,9 @@ def load_pipeline(args: argparse.Namespace) -> Any:
 
     gc.freeze()
     gc.enable()
-    pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=args.dtype, device=pick_device(args.device))
+    pipe = DiffusionFMPipeline.from_pretrained(
+        args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
+    )
     load_loras(pipe, loras, args.lora_any)
     return pipe
 
@@ -129,6 +139,10 @@ def demo(args: argparse.Namespace) -> int:
         raise ValueError(f"a port is from 0 to 65535, got {args.port}")
     check_model(args.model)
     loras = [parse_lora(text) for text in args.lora]
+    from diffusionfm.serve.access import Access, read_logins
+
+    access = Access(host=args.host, logins=read_logins(args.login_file), shared=args.share)
+    safety = safety_of(args)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the studio needs gradio: pip install 'diffusionfm[demo]'")
     if importlib.util.find_spec("diffusionfm.demo") is not None:
@@ -139,7 +153,18 @@ def demo(args: argparse.Namespace) -> int:
             raise ValueError("the studio's files are missing: install the package again")
         sys.path.insert(0, str(checkout))
         app = importlib.import_module("demo.app")
-    app.main(args.port, args.model, args.device, args.dtype, loras, args.lora_any, args.runs)
+    app.main(
+        args.port,
+        args.model,
+        args.device,
+        access=access,
+        safety=safety,
+        dtype=args.dtype,
+        fast=args.fast,
+        loras=loras,
+        lora_any=args.lora_any,
+        runs=args.runs,
+    )
     return 0
 
 
@@ -198,9 +223,29 @@ def add_settings(command: Parser) -> None:
 
 def add_demo(commands: Any) -> None:
     command = add_command(
-        commands, "demo", demo, "open the studio in a browser", "demo", "demo --port 7861 --lora my-style"
+        commands,
+        "demo",
+        demo,
+        "open the studio in a browser",
+        "demo",
+        "demo --port 7861 --lora my-style",
+        "demo --host 0.0.0.0 --login-file logins.txt",
     )
-    command.add_argument("--port", type=int, default=7860, help="on 127.0.0.1 (default 7860)")
+    command.add_argument("--port", type=int, default=7860, help="default 7860")
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1, this machine alone; any other demands a login)",
+    )
+    command.add_argument(
+        "--share", action="store_true", help="a public link through Gradio's tunnel; demands a login"
+    )
+    command.add_argument(
+        "--login-file",
+        type=Path,
+        metavar="FILE",
+        help="name:password lines, readable by you alone: who may come in, to the page and to the API beside it",
+    )
     command.add_argument(
         "--runs",
         type=Path,
@@ -209,3 +254,4 @@ def add_demo(commands: Any) -> None:
         help="where it keeps what people fine-tune and draw in batches (default runs/studio)",
     )
     add_model_options(command, lora="offer a LoRA to everyone; may be given several times")
+    add_safety(command)

@@ -27,7 +27,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from diffusionfm.images import write_atomic
     from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
 
-    pipe = DiffusionFMPipeline.from_pretrained(folder, device=pick_device(args.device))
+    pipe = DiffusionFMPipeline.from_pretrained(
+        folder, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
+    )
     card = run(pipe, quick=args.quick, progress=ItemBar("picture"))
     write_atomic(args.out, (json.dumps(card.report, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomic(args.out.with_suffix(".html"), page(card).encode())
@@ -54,4 +56,6 @@ def add_evaluate(commands: Any) -> None:
         "--out", type=Path, required=True, metavar="JSON", help="the report; report.html stands beside it"
     )
     command.add_argument("--quick", action="store_true", help="two minutes, with wide intervals")
+    command.add_argument("--fast", action="store_true", help="judge it with its few-step adapter")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    command.add_argument("--dtype", default="auto", help="of the denoiser, as of `generate` (default auto)")

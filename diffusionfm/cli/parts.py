@@ -74,9 +74,34 @@ class ItemBar:
         self.bar.update(done - self.bar.n)
 
 
+def add_safety(command: argparse.ArgumentParser) -> None:
+    """--safety and --safety-list: what a server does about prompts that hold a word of a list."""
+    command.add_argument(
+        "--safety",
+        default="flag",
+        choices=["flag", "refuse", "off"],
+        help="prompts with a word of the list: drawn and flagged, which the studio blurs, or refused (default flag)",
+    )
+    command.add_argument(
+        "--safety-list", type=Path, metavar="FILE", help="a list of your own, a word a line (default: ours)"
+    )
+
+
+def safety_of(args: argparse.Namespace) -> Any:
+    """What those two ask for."""
+    from diffusionfm.serve.safety import LIST, Safety
+
+    return Safety(args.safety, args.safety_list or LIST)
+
+
 def add_model_options(command: argparse.ArgumentParser, lora: str) -> None:
-    """--model, --lora, --lora-any, --device and --dtype: what draws, and on what; `lora` is the help of --lora."""
+    """--model, --fast, --lora, --lora-any, --device and --dtype: what draws, and on what; `lora`: help of --lora."""
     command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")
+    command.add_argument(
+        "--fast",
+        action="store_true",
+        help="with the model's few-step adapter: a tenth of the work, no guidance",
+    )
     command.add_argument("--lora", action="append", default=[], metavar="DIR[:SCALE]", help=lora)
     command.add_argument(
         "--lora-any", action="store_true", help="take LoRAs that were trained on another model, too"

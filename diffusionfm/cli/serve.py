@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model
-from diffusionfm.cli.parts import add_command, add_model_options, load_loras
+from diffusionfm.cli.parts import add_command, add_model_options, add_safety, load_loras, safety_of
 from diffusionfm.lora import parse_lora
 
 PORT = 8000
@@ -26,6 +26,7 @@ def serve(args: argparse.Namespace) -> int:
     access = Access(
         read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE)), args.host, args.requests_per_minute
     )
+    safety = safety_of(args)
     from diffusionfm.serve.engine import Engine
     from diffusionfm.serve.jobs import Limits
 
@@ -36,10 +37,10 @@ def serve(args: argparse.Namespace) -> int:
         from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
 
         pipe = DiffusionFMPipeline.from_pretrained(
-            args.model, dtype=args.dtype, device=pick_device(args.device)
+            args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
         )
         load_loras(pipe, loras, args.lora_any)
-        _run(Engine(pipe, limits), access, listener, args.log_prompts)
+        _run(Engine(pipe, limits, safety), access, listener, args.log_prompts)
     return 0
 
 
@@ -98,4 +99,5 @@ def add_serve(commands: Any) -> None:
         command,
         lora="register a LoRA under its folder's name, for requests to ask for; may be given several times",
     )
+    add_safety(command)
     command.add_argument("--log-prompts", action="store_true", help="write prompts into the log as well")

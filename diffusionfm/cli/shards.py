@@ -80,13 +80,23 @@ def shards_attribution(args: argparse.Namespace) -> int:
     """`diffusionfm shards attribution`: to standard output, or a file."""
     from diffusionfm.data.report import attribution
 
-    text = attribution(args.dir)
-    if args.output is None:
-        sys.stdout.write(text)
-        return 0
+    return _write(attribution(args.dir), args.output)
+
+
+def shards_words(args: argparse.Namespace) -> int:
+    """`diffusionfm shards words`: to standard output, or a file."""
+    from diffusionfm.data.report import trained_words
+
+    return _write("\n".join([*trained_words(args.dir), ""]), args.output)
+
+
+def _write(text: str, output: Path | None) -> int:
     from diffusionfm.images import write_atomic
 
-    write_atomic(args.output, text.encode())
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomic(output, text.encode())
     return 0
 
 
@@ -133,11 +143,12 @@ def add_shards(commands: Any) -> None:
         ("inspect", shards_inspect, "count by source and licence, and draw a contact sheet"),
         ("verify", shards_verify, "check every hash and name what is broken"),
         ("attribution", shards_attribution, "write ATTRIBUTION.md from the shards"),
+        ("words", shards_words, "write words.txt, the words that a model learns from the shards"),
     ):
         command = add_command(kinds, name, run, summary, f"shards {name} shards/icons")
         command.add_argument("dir", type=Path, help="a folder of shards")
         if name == "inspect":
             command.add_argument("--sheet", type=Path, metavar="PNG", help="default: DIR/contact_sheet.png")
             command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        if name == "attribution":
+        if name in ("attribution", "words"):
             command.add_argument("-o", "--output", type=Path, help="default: standard output")

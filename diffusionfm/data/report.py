@@ -1,4 +1,4 @@
-"""What lies in a folder of shards: counts and a contact sheet, the check of every hash, ATTRIBUTION.md."""
+"""What lies in a folder of shards: counts, a contact sheet, the check of every hash, ATTRIBUTION.md, words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffusionfm.data.order import Order
 from diffusionfm.data.reader import DECODE_ERRORS, PICTURES, BadSample, ShardDataset, decode_picture
 from diffusionfm.data.shards import shard_paths
+from diffusionfm.vocabulary import learned_words
 
 COUNTED = ("source", "licence", "style", "palette", "split", "background")
 Progress = Callable[[int, int], None]
@@ -104,6 +105,13 @@ def attribution(folder: str | os.PathLike, progress: Progress | None = None) -> 
             lines.append("* attribution, with pictures each:")
             lines += [f"  * {html.unescape(who)}: {n:,}" for who, n in sorted(people.items())]
     return "\n".join(lines) + "\n"
+
+
+def trained_words(folder: str | os.PathLike, progress: Progress | None = None) -> list[str]:
+    """The words that a model learns of a folder of shards, for its words.txt; held-out samples teach none."""
+    metas = _metas(ShardDataset(folder, needs=()), progress)
+    seen = (meta for meta in metas if meta.get("split") != "heldout")
+    return learned_words(meta.get("captions") or [meta.get("caption") or ""] for meta in seen)
 
 
 def contact_sheet(dataset: ShardDataset, indices: list[int], columns: int = 8) -> Image.Image:

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusionfm.colors import COLORS, rgb
-from diffusionfm.evaluate.masks import SHAPES, oklab
+from diffusionfm.evaluate.masks import oklab
 from diffusionfm.evaluate.rules import RELATIONS, Scene
+from diffusionfm.outlines import OUTLINES
 
 OVERSAMPLE = 4
 STANDS_OFF = 0.3  # OKLab distance of an unnamed ink from the ground
@@ -28,7 +29,7 @@ def draw_scene(scene: Scene, size: int = 128, outline: bool = False, gradient: b
     for (color, shape), (x, y, radius) in zip(scene.things, places(scene), strict=True):
         corners = [
             (big * (x + radius * across), big * (y + radius * down))
-            for across, down in SHAPES.get(shape, SHAPES["circle"])
+            for across, down in OUTLINES.get(shape, OUTLINES["circle"])
         ]
         mask = Image.new("L", picture.size)
         ImageDraw.Draw(mask).polygon(corners, fill=255)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from diffusionfm.colors import COLORS, rgb
+from diffusionfm.outlines import OUTLINES
 
 WORDS = tuple(COLORS)
 LIGHTNESS = 0.5  # weight beside hue and chroma: a shaded red is a red
@@ -20,23 +21,6 @@ RING = 0.025  # width of the border looked at, of the picture's side
 PIECE = 0.2, 0.003  # least area of a piece, of the largest piece's and of the picture's
 LIKENESS = 0.7  # least overlap (intersection over union) with a shape's outline
 OUTLINE = 32  # pixels a side at which outlines are compared
-
-SHAPES: dict[str, list[tuple[float, float]]] = {
-    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-    "triangle": [(0, -1), (1, 1), (-1, 1)],
-    "circle": [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 48, endpoint=False)],
-    "star": [
-        (r * np.sin(k * np.pi / 5), -r * np.cos(k * np.pi / 5)) for k in range(10) for r in [(1, 0.45)[k % 2]]
-    ],
-    "heart": [
-        (
-            np.sin(a) ** 3,
-            -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a) + 2.5) / 14.5,
-        )
-        for a in np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    ],
-}
-"""Shape word -> corners of its outline, x to the right and y down, in [-1, 1]."""
 
 
 # ------------------------------------------------------------------ colours
@@ -131,7 +115,7 @@ def outline(mask: np.ndarray) -> np.ndarray:
 @cache
 def _outlines() -> dict[str, np.ndarray]:
     found = {}
-    for word, corners in SHAPES.items():
+    for word, corners in OUTLINES.items():
         image = Image.new("L", (256, 256))
         ImageDraw.Draw(image).polygon([(128 + 120 * x, 128 + 120 * y) for x, y in corners], fill=255)
         found[word] = outline(np.asarray(image) > 127)

@@ -15,7 +15,6 @@ from PIL import Image
 
 from diffusionfm.colors import COLORS
 from diffusionfm.evaluate.masks import (
-    SHAPES,
     WORDS,
     color_words,
     colored,
@@ -24,6 +23,7 @@ from diffusionfm.evaluate.masks import (
     ring,
     shape_word,
 )
+from diffusionfm.outlines import OUTLINES
 from diffusionfm.phrasing import article, on_background
 
 SAMPLES = 200  # of each line
@@ -65,7 +65,7 @@ def background_scene(k: int) -> tuple[str, Scene]:
 
 
 def ink_scene(k: int) -> tuple[str, Scene]:
-    ink, shape = INKS[k % len(INKS)], tuple(SHAPES)[k % len(SHAPES)]
+    ink, shape = INKS[k % len(INKS)], tuple(OUTLINES)[k % len(OUTLINES)]
     return article(f"{ink} {shape}"), Scene(((ink, shape),))
 
 
@@ -89,7 +89,7 @@ def binding_scene(k: int) -> tuple[str, Scene]:
 
 def _pair(k: int) -> tuple[tuple[str, str], tuple[str, str]]:
     """Two coloured shapes, alike in neither."""
-    shapes = tuple(permutations(SHAPES, 2))[(k + k // len(PAIRS)) % 20]
+    shapes = tuple(permutations(OUTLINES, 2))[(k + k // len(PAIRS)) % 20]
     colors = PAIRS[k % len(PAIRS)]
     return (colors[0], shapes[0]), (colors[1], shapes[1])
 

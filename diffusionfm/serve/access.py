@@ -1,11 +1,14 @@
-"""Who may ask, and how often: keys, the page a request comes from, requests a minute."""
+"""Who may ask, and how often: keys, logins, the page a request comes from, requests a minute."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
 import ipaddress
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,28 +17,46 @@ from starlette.requests import Request
 from diffusionfm.serve.refusal import Refusal
 
 KEY_VARIABLE = "DIFFUSIONFM_API_KEY"
-LEAST_KEY = 16
-BAD_KEYS = 10  # a minute from one address
+LEAST_KEY, LEAST_PASSWORD = 16, 12
+BAD_KEYS = 10  # a minute from one address; of passwords too
 NAMES = 4096  # remembered by a rate
 
 
 def read_keys(file: Path | None, variable: str | None) -> list[str]:
     """The API keys of a file, one a line, or else of the environment variable; ValueError for a weak one."""
-    if file is not None:
-        if not file.is_file():
-            raise ValueError(f"no key file at {file}: write a key a line into it, readable by you alone")
-        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        keys = [key for key in keys if key and not key.startswith("#")]
-        if not keys:
-            raise ValueError(f"{file} holds no key: write one a line")
-    else:
-        keys = [variable] if variable else []
+    keys = _secrets(file, "a key a line") if file is not None else [variable] if variable else []
     for key in keys:
         if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError(
                 f"an API key is {LEAST_KEY} or more ASCII characters without spaces: `openssl rand -hex 24` makes one"
             )
     return keys
+
+
+def read_logins(file: Path | None) -> dict[str, str]:
+    """Name -> password of a file of name:password lines, none without a file; ValueError for a weak one."""
+    logins: dict[str, str] = {}
+    for number, line in enumerate(_secrets(file, "name:password lines") if file is not None else [], 1):
+        name, colon, password = line.partition(":")
+        if not colon or not name.strip() or name in logins:
+            raise ValueError(f"{file}: login {number} is not name:password, each name once")
+        if len(password) < LEAST_PASSWORD:
+            raise ValueError(f"{file}: the password of {name!r} needs {LEAST_PASSWORD} characters or more")
+        logins[name] = password
+    return logins
+
+
+def _secrets(file: Path, what: str) -> list[str]:
+    """The lines of a file that only its owner may read; neither empty ones nor # comments."""
+    if not file.is_file():
+        raise ValueError(f"no file at {file}: write {what} into it, readable by you alone")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise ValueError(f"others on this machine may read or change {file}: chmod 600 {file}")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"{file} is empty: write {what}")
+    return lines
 
 
 def is_loopback(host: str) -> bool:
@@ -46,12 +67,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_exposure(host: str, keys: Sequence[str]) -> None:
-    """ValueError where anyone in the network could draw."""
-    if not is_loopback(host) and not keys:
-        raise ValueError(
-            f"listening on {host} needs a key: pass --api-key-file FILE or set {KEY_VARIABLE} (127.0.0.1 needs none)"
-        )
+def check_exposure(host: str, locked: bool, shared: bool = False) -> None:
+    """ValueError where anyone in the network, or with a share link, could draw; `locked`: a key or login is needed."""
+    if locked or (is_loopback(host) and not shared):
+        return
+    where = "a share link" if shared else f"listening on {host}"
+    raise ValueError(
+        f"{where} needs a key or a login: pass --api-key-file FILE, set {KEY_VARIABLE}, or for the studio "
+        "pass --login-file FILE (127.0.0.1 needs none)"
+    )
 
 
 class Rate:
@@ -84,36 +108,73 @@ class Rate:
 class Access:
     """Decides about a request before its body is read.
 
-    keys: none, so that everyone on this machine may draw, or one for each caller. host: where the server listens.
-    per_minute: requests for pictures that a caller may make.
+    keys: one for each program that may draw. logins: name -> password of people; with neither, all on this machine may.
+    host: where the server listens. shared: whether a share link leads to it. per_minute: requests that a caller may
+    make.
     """
 
-    def __init__(self, keys: Sequence[str] = (), host: str = "127.0.0.1", per_minute: int = 600):
-        check_exposure(host, keys)
+    def __init__(
+        self,
+        keys: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        per_minute: int = 600,
+        logins: Mapping[str, str] | None = None,
+        shared: bool = False,
+    ):
+        self.keys = [_digest(key) for key in keys]
+        self.logins = {name: _digest(f"{name}:{password}") for name, password in (logins or {}).items()}
+        self.locked = bool(self.keys or self.logins)
+        check_exposure(host, self.locked, shared)
         if per_minute < 1:
             raise ValueError(f"requests a minute must be 1 or more, got {per_minute}")
-        self.keys = [key.encode() for key in keys]
-        self.local = is_loopback(host)
+        self.host, self.shared = host, shared
+        self.local = is_loopback(host) and not shared
         self.rate, self.bad = Rate(per_minute), Rate(BAD_KEYS)
 
     def caller(self, request: Request, open_to_all: bool = False) -> str:
-        """Who asks: a key where there are several, else an address. Raises Refusal, status 401, 403 or 429."""
+        """Who asks: a login, a key where there are several, else an address. Raises Refusal, status 401, 403 or 429."""
         address = request.client.host if request.client else "unknown"
         self._refuse_other_pages(request)
-        if open_to_all or not self.keys:
+        if open_to_all or not self.locked:
             return address
         if wait := self.bad.wait(address):
             raise Refusal(429, "too many wrong keys from your address: wait a minute", retry_after=wait)
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        found = [k for k, key in enumerate(self.keys) if hmac.compare_digest(key, given.strip().encode())]
-        if kind.lower() != "bearer" or not found:
-            self.bad.take(address)
-            raise Refusal(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        return f"key {found[0] + 1}" if len(self.keys) > 1 else address
+        given = request.headers.get("authorization", "")
+        found = self._known(given)
+        if found is None:
+            if given:  # a browser asks without a login first
+                self.bad.take(address)
+            raise self._unknown()
+        return found or address
 
     def turn(self, caller: str, user: str) -> str:
-        """Between whom turns go round: keys, or where all share one or have none, the users that requests name."""
-        return caller if len(self.keys) > 1 else f"{caller} {user}"
+        """Between whom turns go round: logins, keys, or where all share one or none, the users that requests name."""
+        return caller if caller.startswith(("login ", "key ")) else f"{caller} {user}"
+
+    def _known(self, header: str) -> str | None:
+        """Who an Authorization header proves: "login NAME", "key K", "" for the only key, None for nobody.
+
+        A browser sends a login as Basic; a program whose library knows keys alone may send name:password as Bearer.
+        """
+        kind, _, given = header.partition(" ")
+        kind = kind.lower()
+        digest = _digest(_of_base64(given) if kind == "basic" else given.strip())
+        names = [name for name, one in self.logins.items() if hmac.compare_digest(one, digest)]
+        keys = [k for k, one in enumerate(self.keys, 1) if hmac.compare_digest(one, digest)]
+        if names and kind in ("basic", "bearer"):
+            return f"login {names[0]}"
+        if keys and kind == "bearer":
+            return f"key {keys[0]}" if len(self.keys) > 1 else ""
+        return None
+
+    def _unknown(self) -> Refusal:
+        words = "a valid key is needed: Authorization: Bearer KEY"
+        if self.logins:
+            words = "a login is needed: a name and its password" + (", or " + words if self.keys else "")
+        refusal = Refusal(401, words, code="invalid_api_key")
+        if self.logins:  # what makes a browser ask for it
+            refusal.headers["WWW-Authenticate"] = 'Basic realm="DiffusionFM", charset="UTF-8"'
+        return refusal
 
     def _refuse_other_pages(self, request: Request) -> None:
         """No web page may use the API through a visitor's browser: neither cross-origin nor by a rebound DNS name."""
@@ -121,8 +182,25 @@ class Access:
         if self.local and not is_loopback(_name_in(host)):
             raise Refusal(403, f"this server answers to localhost and 127.0.0.1, not to {host!r}")
         origin = request.headers.get("origin")
-        if origin is not None and origin != f"{request.scope['scheme']}://{host}":
+        if origin is None or origin == f"{request.scope['scheme']}://{host}":
+            return
+        # Behind a tunnel or proxy a page has another scheme and name than are seen here; no page can set this header.
+        known = {host, request.headers.get("x-forwarded-host", host)} if not self.local else set()
+        if urlsplit(origin).netloc not in known:
             raise Refusal(403, "pages of other origins may not use this API: call it from a program")
+
+
+def _digest(text: str) -> bytes:
+    """What secrets are compared by: all are of one length."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _of_base64(text: str) -> str:
+    """The text of a Basic login; empty where it is none."""
+    try:
+        return base64.b64decode(text.strip(), validate=True).decode()
+    except ValueError:
+        return ""
 
 
 def _name_in(host: str) -> str:

@@ -164,7 +164,13 @@ class Service:
                 warnings.append(f"the picture of seed {seed} came out without any transparency")
             shown = on_white(image) if asked.background == "opaque" else image
             png = encode_png(shown, {**common, "seed": seed} if asked.metadata else None)
-            data.append({"b64_json": base64.b64encode(png).decode(), "seed": seed})
+            data.append(
+                {
+                    "b64_json": base64.b64encode(png).decode(),
+                    "seed": seed,
+                    "flagged": bool(pictures.flagged),
+                }
+            )
         return {
             "created": int(time.time()),
             "background": asked.background,

@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
 from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
+from diffusionfm.serve.safety import Safety
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe
 
@@ -39,8 +40,9 @@ class Engine:
     The pipeline belongs to the engine: nobody else may draw with it meanwhile.
     """
 
-    def __init__(self, pipe: DiffusionFMPipeline, limits: Limits | None = None):
+    def __init__(self, pipe: DiffusionFMPipeline, limits: Limits | None = None, safety: Safety | None = None):
         self.pipe = pipe
+        self.safety = safety or Safety()
         self.limits = limits or Limits()
         self.counts = Counts()
         self.wardrobe = Wardrobe(pipe)
@@ -116,6 +118,15 @@ class Engine:
         with self._changed:
             return sum(len(job.pictures) for job in self._jobs)
 
+    def ahead(self, future: Future[Pictures]) -> int:
+        """How many other requests are drawn before this one; 0 when it is being drawn, is next, or has ended."""
+        with self._changed:
+            pictures = sorted(self._unfinished(), key=lambda picture: picture.turn)
+        mine = next((k for k, picture in enumerate(pictures) if picture.job.future is future), 0)
+        if mine < self._cap or pictures[mine].step:
+            return 0
+        return len({picture.job for picture in pictures[:mine]})
+
     def refuse(self) -> None:
         """Take no more requests; those there are will be drawn."""
         with self._changed:
@@ -147,9 +158,11 @@ class Engine:
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
+        flagged = self.safety.check(request.prompt)
         times = flow.grid(found["steps"], self.pipe.defaults["shift"])
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step)
+        job.flagged = flagged
         job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
         return job
 
@@ -290,8 +303,6 @@ class Engine:
         for picture in batch:
             if picture.x is None:
                 picture.x = self.pipe.noise([picture.task.seed], height, width)[0].to(self.pipe.device)
-            if picture.job.warnings is None:
-                picture.job.warnings = self.pipe.truncations([picture.task])
         field = self.pipe.velocity(
             [picture.task for picture in batch],
             [picture.job.guidance for picture in batch],
@@ -312,18 +323,17 @@ class Engine:
                 self._fail(job, attempt.error)
         if job.done and not job.future.done():
             latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
-            drawn = self._decoder.submit(_finish, self.pipe, latents)
+            drawn = self._decoder.submit(_finish, self.pipe, job, latents)
             drawn.add_done_callback(partial(self._deliver, job))
 
     # -------------------------------------------------------------- how a job ends
 
-    def _deliver(self, job: Job, drawn: Future[list[Image.Image]]) -> None:
+    def _deliver(self, job: Job, drawn: Future[Pictures]) -> None:
         error = drawn.exception()
         if error is not None:
             return self._fail(job, error)
         if self._settle(job, "pictures"):
-            seeds = [picture.task.seed for picture in job.pictures]
-            job.future.set_result(Pictures(drawn.result(), seeds, job.warnings or []))
+            job.future.set_result(drawn.result())
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._settle(job, "failed"):
@@ -352,16 +362,28 @@ class Engine:
 
 
 @torch.inference_mode()
-def _finish(pipe: DiffusionFMPipeline, latents: Tensor) -> list[Image.Image]:
-    return pipe.finish(latents)
+def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
+    tasks = [picture.task for picture in job.pictures]
+    loras = [name for name, _ in job.group[2]]
+    return Pictures(
+        pipe.finish(latents), [task.seed for task in tasks], pipe.advice(tasks, loras), job.flagged
+    )
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
-    """A look, on demand, at the job's pictures as they would end from here; those not begun are left out."""
+    """A look, on demand, at the job's pictures as they would end from here; those not begun are left out.
+
+    Of a flagged prompt they are blurred: to see those is for the end, by choice.
+    """
     seen = [(p.x, p.v, job.times[p.step]) for p in job.pictures if p.v is not None]
 
     @torch.inference_mode()
     def preview() -> list[Image.Image]:
-        return pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
+        looks = pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
+        return (
+            [look.filter(ImageFilter.GaussianBlur(look.width / 8)) for look in looks]
+            if job.flagged
+            else looks
+        )
 
     return preview

@@ -99,7 +99,7 @@ class Job:
     on_step: OnStep | None
     future: Future[Pictures] = field(default_factory=Future)
     pictures: list[Picture] = field(default_factory=list)
-    warnings: list[str] | None = None
+    flagged: list[str] = field(default_factory=list)
     reported: int = 0
 
     @property

@@ -18,6 +18,7 @@ from PIL import Image
 from diffusionfm.colors import COLORS
 from diffusionfm.data.icons import captions as cap
 from diffusionfm.data.icons import sources as src
+from diffusionfm.data.icons.compose import ComposeConfig, Composer
 from diffusionfm.data.icons.fetch import Package, fetch
 from diffusionfm.data.icons.names import EmojiNames
 from diffusionfm.data.icons.render import edge_color, fingerprint, inked, on_color, render
@@ -35,6 +36,7 @@ class CorpusConfig:
     backgrounds: float = 0.35
     skin_tones: float = 0.125
     samples_per_shard: int = 2048
+    compositions: ComposeConfig | None = None
 
 
 @dataclass
@@ -54,6 +56,11 @@ def load_corpus_config(path: str | Path) -> CorpusConfig:
     unknown = set(data) - set(CorpusConfig.__dataclass_fields__)
     if unknown or not {"packages", "sources"} <= set(data):
         raise ValueError(f"{path}: unknown or missing keys {sorted(unknown) or ['packages', 'sources']}")
+    if "compositions" in data:
+        try:
+            data["compositions"] = ComposeConfig(**data["compositions"])
+        except TypeError as error:
+            raise ValueError(f"{path}: compositions: {error}") from error
     config = CorpusConfig(**data)
     for name, options in config.sources.items():
         if options.get("package", "iconify") not in config.packages:
@@ -91,6 +98,7 @@ def samples(
 ) -> Iterator[tuple[str, Image.Image, str, dict[str, Any]]]:
     """(key, RGBA picture, caption, metadata) of the whole corpus, duplicates and empty drawings left out."""
     found = list(drawings(config))
+    composer = config.compositions and Composer(config.compositions, config.size, config.seed)
     order = np.random.default_rng(config.seed).permutation(len(found))  # shards mix all sources
     seen: set[bytes] = set()
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
@@ -111,6 +119,11 @@ def samples(
             for sample in _variants(drawing, package, picture, config):
                 report.samples += 1
                 yield sample
+                if composer and sample[3]["background"] is None:
+                    composer.offer(sample[1], sample[3])
+    for sample in composer.samples() if composer else ():
+        report.samples += 1
+        yield sample
 
 
 def _variants(

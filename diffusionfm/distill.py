@@ -1,0 +1,164 @@
+"""Few steps in place of many: a student adapter that makes each stride as the guided teacher makes several steps.
+
+The teacher's way from noise to picture, guidance and all, is cut into as many strides as the student has steps. At
+each cut the student learns the straight line to the next (piecewise distillation, as PeRFlow, arXiv:2405.07510, but on
+the guided teacher's own paths from noise in place of noised data). One network call a step, and no guidance is left.
+
+Axes: b batch, k cuts of a path (strides + 1), c channels, y x rows and columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffusionfm import flow, lora
+from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.objectives import FlowMatching
+from diffusionfm.pipeline import DiffusionFMPipeline, plan_tasks
+
+ADAPTER = "few_step"
+TARGETS = ["attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "modulation", "patch_in", "patch_out"]
+
+
+# ---- the teacher's paths ---------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def teacher_path(
+    pipe: DiffusionFMPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strides: int,
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """Latents (b, k, c, y, x) at the k = strides + 1 cuts of each prompt's guided path.
+
+    ValueError when `steps` do not cut into equal strides."""
+    if steps % strides:
+        raise ValueError(f"{steps} steps of the teacher do not cut into {strides} equal strides")
+    tasks = plan_tasks(list(prompts), None, list(seeds), 1)
+    velocity = pipe.velocity(tasks, [float(guidance)] * len(tasks), {})
+    x = pipe.noise(seeds, pipe.defaults["height"], pipe.defaults["width"]).to(pipe.device)
+    cuts = [x]
+
+    def keep(step: int, total: int, x: Tensor, v: Tensor) -> None:
+        if step % (steps // strides) == 0:
+            cuts.append(x)
+
+    flow.euler(velocity, x, flow.grid(steps, pipe.defaults["shift"]), keep)
+    return torch.stack(cuts, 1)
+
+
+class Paths:
+    """Strides stored by `train/paths.py`: item i is {"key", "from", "to", "stride", "caption"}, latents (c, y, x)."""
+
+    def __init__(self, folder: str | os.PathLike[str], made_by: str):
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"no paths in {folder}: make them with train/paths.py")
+        self.cuts: list[Tensor] = []
+        self.captions: list[str] = []
+        for file in files:
+            with safe_open(file, "pt") as stored:
+                told = stored.metadata() or {}
+                if told.get("model") != made_by:
+                    raise ValueError(
+                        f"{file} holds the paths of another model: make them anew in another folder"
+                    )
+                self.cuts.append(stored.get_tensor("cuts"))
+            self.captions += told["captions"].split("\n")
+        self.paths = torch.cat(self.cuts)
+        self.strides = self.paths.shape[1] - 1
+        self.fingerprint = f"{made_by} {len(self)} strides"
+
+    def __len__(self) -> int:
+        return len(self.paths) * self.strides
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        path, stride = divmod(i, self.strides)
+        here, there = self.paths[path, stride : stride + 2]
+        return {
+            "key": f"{path}/{stride}",
+            "from": here,
+            "to": there,
+            "stride": stride,
+            "caption": self.captions[path],
+        }
+
+
+def collate_strides(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Strides -> key, from and to (b, c, y, x) float32, stride (b,), caption."""
+    batch: dict[str, Any] = {name: [s[name] for s in samples] for name in ("key", "caption")}
+    batch |= {name: torch.stack([s[name] for s in samples]).float() for name in ("from", "to")}
+    return batch | {"stride": torch.tensor([s["stride"] for s in samples])}
+
+
+# ---- the student -----------------------------------------------------------------------------------------
+
+
+class Strides(FlowMatching):
+    """Trains a LoRA on a frozen denoiser to make each stride in one step, without guidance.
+
+    strides: the student's steps, along flow.grid(strides, shift). rank: of the LoRA.
+    """
+
+    def __init__(self, pipe: DiffusionFMPipeline, strides: int, rank: int, seed: int = 0):
+        super().__init__(pipe.transformer.requires_grad_(False), pipe.text_encoder, pipe.tokenizer)
+        self.times = flow.grid(strides, pipe.defaults["shift"])  # type: ignore[assignment]
+        self.config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=TARGETS, base_model_name_or_path=pipe.model_name
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.config, pipe.transformer, adapter_name=ADAPTER)
+        weights = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
+        self.lora = nn.ParameterDict({name.replace(".", "/"): p for name, p in weights.items()})
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The adapter's matrices alone are trained, averaged and checkpointed."""
+        return {"lora": self.lora}
+
+    def compile_networks(self) -> None:
+        """Compile the denoiser, adapter and all."""
+        self.denoiser.compile()
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch as of `collate_strides`; the mean squared error of the velocity along the stride, also by stride."""
+        here, there, stride = batch["from"], batch["to"], batch["stride"]
+        times = self.times.to(here.device)
+        t, until = times[stride], times[stride + 1]
+        self.shapes = here.shape[1:], torch.Size([self.text_multiple, self.text_encoder.config.hidden_size])
+        text, mask = self.read(batch["caption"])
+        v = self.denoiser(here, t, text, mask).float()
+        wanted = (there - here) / (until - t)[:, None, None, None]
+        error = (v - wanted).square().mean(dim=(1, 2, 3))
+        each = {f"loss_stride{k}": _mean_where(error.detach(), stride == k) for k in range(len(times) - 1)}
+        return error.mean(), each
+
+    def export(self, folder: Path) -> None:
+        """PEFT's two files, in half precision, and generation.json, in FOLDER/few_step."""
+        place = folder / lora.FEW_STEP
+        place.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER, save_embedding_layers=False)
+        write_weights(
+            place / lora.WEIGHTS, {f"{lora.PEFT}{key}": value.half() for key, value in weights.items()}
+        )
+        settings = {**self.config.to_dict(), "inference_mode": True}
+        write_json(
+            place / lora.CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+        )
+        write_json(place / "generation.json", {"steps": len(self.times) - 1, "guidance": 1.0})
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,101 @@
+"""Few-step distillation: the teacher's paths, the student that learns their strides, the adapter merged again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusionfm import flow, lora
+from diffusionfm.checkpoint import weights_hash
+from diffusionfm.distill import Paths, Strides, collate_strides, teacher_path
+from diffusionfm.pipeline import DiffusionFMPipeline
+
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture
+def teacher(tiny_model):
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    torch.nn.init.normal_(pipe.transformer.patch_out.weight, std=0.2)  # an untrained one goes nowhere
+    return pipe
+
+
+def test_paths_are_the_samplers_own(teacher):
+    cuts = teacher_path(teacher, PROMPTS, [5, 6], strides=2, steps=4, guidance=3.0)
+    assert cuts.shape[:2] == (2, 3)
+    assert torch.equal(
+        cuts[:, 0], teacher.noise([5, 6], teacher.defaults["height"], teacher.defaults["width"])
+    )
+    drawn = teacher(PROMPTS, seed=[5, 6], num_inference_steps=4, guidance_scale=3.0).images
+    assert [a.tobytes() for a in teacher.finish(cuts[:, -1])] == [b.tobytes() for b in drawn]
+    with pytest.raises(ValueError, match="do not cut into 3"):
+        teacher_path(teacher, PROMPTS, [5, 6], strides=3, steps=4, guidance=3.0)
+
+
+def stored(teacher, folder, made_by):
+    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=2, steps=4, guidance=3.0)
+    save_file(
+        {"cuts": cuts}, folder / "00000.safetensors", {"model": made_by, "captions": "\n".join(PROMPTS)}
+    )
+    return cuts
+
+
+def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(teacher, tmp_path):
+    cuts = stored(teacher, tmp_path, "me")
+    with pytest.raises(ValueError, match="another model"):
+        Paths(tmp_path, "you")
+    with pytest.raises(ValueError, match="no paths"):
+        Paths(tmp_path / "nowhere", "me")
+    paths = Paths(tmp_path, "me")
+    assert len(paths) == 4 and [paths[i]["caption"] for i in range(4)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    batch = collate_strides([paths[i] for i in range(4)])
+    assert torch.equal(batch["to"][0], cuts[0, 1]) and batch["stride"].tolist() == [0, 1, 0, 1]
+    times = flow.grid(2, teacher.defaults["shift"])
+    student = Strides(teacher, 2, rank=2)
+    ideal = (batch["to"] - batch["from"]) / (times[batch["stride"] + 1] - times[batch["stride"]])[
+        :, None, None, None
+    ]
+    student.denoiser.forward = lambda x, t, text, mask: ideal
+    loss, metrics = student(batch)
+    assert float(loss) < 1e-9 and set(metrics) == {"loss_stride0", "loss_stride1"}
+
+
+def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path / "model")
+    made_by = weights_hash(teacher.transformer)
+    (tmp_path / "paths").mkdir()
+    stored(teacher, tmp_path / "paths", made_by)
+    paths = Paths(tmp_path / "paths", made_by)
+    batch = collate_strides([paths[i] for i in range(4)])
+    student = Strides(teacher, 2, rank=2)
+    assert sum(p.numel() for p in student.networks()["lora"].parameters()) < 0.3 * sum(
+        p.numel() for p in teacher.transformer.parameters()
+    )
+    optimizer = torch.optim.AdamW(student.networks()["lora"].parameters(), lr=2e-2)
+    before = float(student(batch)[0].detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        student(batch)[0].backward()
+        optimizer.step()
+    assert float(student(batch)[0].detach()) < 0.7 * before
+    student.export(tmp_path / "model")
+    told = json.loads((tmp_path / "model" / lora.FEW_STEP / "generation.json").read_text())
+    assert told == {"steps": 2, "guidance": 1.0}
+    live = teacher(PROMPTS, seed=3, num_inference_steps=2, guidance_scale=1.0).images
+    fast = DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True)
+    assert (
+        fast.defaults["steps"] == 2 and fast.defaults["guidance"] == 1.0 and fast.model_name == "model-fast"
+    )
+    for a, b in zip(live, fast(PROMPTS, seed=3).images, strict=True):
+        gap = torch.tensor(list(a.tobytes()), dtype=torch.int) - torch.tensor(
+            list(b.tobytes()), dtype=torch.int
+        )
+        assert gap.abs().max() <= 2  # the adapter is stored in half precision
+    plain = DiffusionFMPipeline.from_pretrained(tmp_path / "model")
+    assert plain.defaults["steps"] != 2 and plain.fingerprint() != fast.fingerprint()
+    plain.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no few_step adapter"):
+        DiffusionFMPipeline.from_pretrained(tmp_path / "bare", fast=True)

@@ -1,0 +1,54 @@
+"""Distil the model into few steps: python train/distill.py configs/icons/distill.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusionfm.checkpoint import weights_hash
+from diffusionfm.config import parse_args, user_errors
+from diffusionfm.data.order import Batches
+from diffusionfm.distill import Paths, Strides, collate_strides
+from diffusionfm.images import contact_sheet
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.trainer import Trainer, TrainerConfig
+
+
+@dataclass
+class DistillConfig:
+    """Keys of a run. model: the teacher's pipeline folder, null for the shipped one. paths: what train/paths.py made.
+
+    rank: of the LoRA that the student is. prompts: drawn for the sample grids.
+    """
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: str | None = None
+    paths: str = "runs/icons/paths"
+    rank: int = 6
+    prompts: list[str] = field(default_factory=lambda: ["a red heart", "a cat", "a rocket", "two stars"])
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train RUN/few_step, which a pipeline folder may hold, and draw grids on the way; returns the run folder."""
+    cfg = parse_args(DistillConfig, argv, __doc__, "python train/distill.py configs/icons/distill.yaml")
+    with user_errors():
+        pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
+        paths = Paths(cfg.paths, weights_hash(pipe.transformer))
+        objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
+        data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
+        run = Path(cfg.trainer.output_dir)
+
+        def on_sample(step: int, networks: dict) -> None:
+            pictures = pipe(cfg.prompts, seed=0, num_inference_steps=paths.strides, guidance_scale=1.0).images
+            contact_sheet(pictures, labels=cfg.prompts, columns=min(10, len(pictures))).save(
+                run / "samples" / f"{step:07d}.png"
+            )
+
+        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample)
+        pipe.vae.to(trainer.device)
+        trainer.fit()
+    return run
+
+
+if __name__ == "__main__":
+    main()
