@@ -221,4 +221,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--model", help="a model folder (default: the shipped model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT, help=f"keeps trainings and batches (default {ROOT})"
+    )
     main(**vars(parser.parse_args()))

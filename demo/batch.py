@@ -23,9 +23,9 @@ from diffusionfm.batch.watch import Look, look
 from . import runcards
 from .adapters import NONE, choices, chosen
 from .batch_controls import EMPTY, Controls, lay_out
-from .cards import note
 from .lane import Lane
 from .processes import Command, ask
+from .runcards import note
 from .runs import Run, State
 from .runtab import HIDDEN, RunTab, Update, told, waiting
 
@@ -66,15 +66,17 @@ class Tab(RunTab):
         try:
             source = _source(run, rows, file)
             command = self._command(person, run, source, settings)
-            count = len(Rows(source)) * int(settings["repeats"])
+            found = Rows(source)
+            count = len(found) * int(settings["repeats"])
             if count > MOST:
                 raise ValueError(
                     f"{count:,} pictures: the studio draws {MOST:,}, `diffusionfm batch` any number"
                 )
+            flagged = [str(row.prompt) for row in found if self.lane.engine.safety.check(str(row.prompt))]
         except ValueError:
             self.runs.delete(run)
             raise
-        run.keep(rows=rows, settings=settings, total=count, command=command)
+        run.keep(flagged=flagged, rows=rows, settings=settings, total=count, command=command)
         return run
 
     def _command(self, person: str, run: Run, source: Path, settings: dict[str, Any]) -> Command:
@@ -85,26 +87,10 @@ class Tab(RunTab):
             raise ValueError("SVG comes in a zip alone: readers of shards and Parquet know pixels")
         worn = chosen(self.lane, person, settings["adapter"], settings["weight"])
         model = Path(self.lane.pipe.config["_name_or_path"]).resolve()
-        command = [
-            "batch",
-            str(source),
-            "--out",
-            str(run.out),
-            "--n",
-            str(int(repeats)),
-            "--seed",
-            str(int(seed)),
-        ]
-        command += [
-            "--format",
-            form,
-            "--to",
-            to,
-            "--model",
-            str(model),
-            "--device",
-            self.lane.pipe.device.type,
-        ]
+        many, start, device = str(int(repeats)), str(int(seed)), self.lane.pipe.device.type
+        command = ["batch", str(source), "--out", str(run.out), "--n", many, "--seed", start]
+        command += ["--format", form, "--to", to, "--model", str(model), "--device", device]
+        command += ["--fast"] if self.lane.pipe.fast else []
         return command + (["--lora", f"{worn.source.resolve()}:{worn.weight:g}"] if worn else [])
 
     def plan(self, person: str, key: str, *asked: Any) -> Iterator[Update]:
@@ -223,13 +209,17 @@ def _source(run: Run, rows: str, file: str | None) -> Path:
 
 
 def _pictures(run: Run, found: Look) -> str:
-    """The latest pictures of a folder; of SVG and of shards the contact sheet, once there is one."""
-    files = [(record["prompt"], run.out / record["file"]) for record in found.latest]
+    """The latest pictures of a folder; of SVG and of shards the contact sheet, once there is one.
+
+    Those of flagged prompts are not shown here, but handed over like all others."""
+    flagged = run.facts["flagged"]
+    hidden = "".join(note(f"Not shown, for what its prompt says: {prompt}", "warn") for prompt in flagged[:3])
+    files = [(r["prompt"], run.out / r["file"]) for r in found.latest if r["prompt"] not in flagged]
     shown = [(prompt, file) for prompt, file in files if file.suffix in (".png", ".webp") and file.is_file()]
     if shown:
-        return runcards.pictures([(prompt, file.read_bytes()) for prompt, file in shown])
+        return hidden + runcards.pictures([(prompt, file.read_bytes()) for prompt, file in shown])
     sheet = run.out / SHEETS / "1.png"
-    return runcards.sheet(sheet, "The first pictures") if sheet.is_file() else ""
+    return hidden or (runcards.sheet(sheet, "The first pictures") if sheet.is_file() else "")
 
 
 def _pack(out: Path, target: Path) -> None:
