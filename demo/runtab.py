@@ -134,9 +134,13 @@ class RunTab:
         }
 
     def filled(self, editable: bool, values: Update | None = None) -> Update:
-        """The form with these values, to be changed or not."""
-        given = {part: {"value": values[part]} if part in (values or {}) else {} for part in self.form}  # type: ignore[index]
-        return {part: type(part)(interactive=editable, **more) for part, more in given.items()}
+        """The form with these values, to be changed or not; places to upload to are there only to be used."""
+        shown: Update = {}
+        for part in self.form:
+            given = {"value": values[part]} if values and part in values else {}
+            given |= {"visible": editable} if isinstance(part, gr.File) else {}
+            shown[part] = type(part)(interactive=editable, **given)
+        return shown
 
     def listed(self, person: str, run: Run | None) -> Update:
         """The person's runs, this one open."""
