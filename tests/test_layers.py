@@ -32,6 +32,8 @@ PIECES = {
     "config",
     "colors",
     "images",
+    "inputs",
+    "edit",
     "formats",
     "checks",
     "features",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
+from diffusionfm.edit import Start
 from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
 from diffusionfm.serve.turns import Turns
@@ -117,8 +118,14 @@ class Engine:
         """The job of a request; ValueError for what cannot be drawn."""
         check_settings(num_images=request.num_images)
         found = self.pipe.settings(request.steps, request.guidance, request.height, request.width)
-        tasks = plan_tasks(request.prompt, request.negative_prompt, request.seed, request.num_images)
-        work = found["height"] * found["width"] * found["steps"] * len(tasks)
+        start, size = request.start, (found["width"], found["height"])
+        if start is not None and start.picture.size != size:
+            raise ValueError(f"the picture to set out from must be {size[0]} x {size[1]} pixels: fit it first")
+        tasks = plan_tasks(
+            request.prompt, request.negative_prompt, request.seed, request.num_images, silent=start is not None
+        )
+        times = flow.grid(found["steps"], self.pipe.defaults["shift"], start.strength if start else 1.0)
+        work = found["height"] * found["width"] * (len(times) - 1) * len(tasks)
         if work > self._most_work:
             raise ValueError(
                 f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
@@ -128,9 +135,8 @@ class Engine:
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
-        times = flow.grid(found["steps"], self.pipe.defaults["shift"])
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
-        job = Job(client, float(found["guidance"]), times, group, on_step)
+        job = Job(client, float(found["guidance"]), times, group, on_step, start)
         job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
         return job
 
@@ -242,6 +248,9 @@ class Engine:
             for k in (0, 1)
         )
         v = field(x, t)
+        for k, picture in enumerate(batch):
+            if picture.held is not None:
+                v[k] = torch.lerp(picture.held[0], v[k], picture.held[1])
         x = flow.advance(x, v, t, until)
         for picture, x_after, v_there in zip(batch, x, v, strict=True):
             picture.x, picture.v = x_after, v_there
@@ -256,7 +265,9 @@ class Engine:
             return field
         for picture in batch:
             if picture.x is None:
-                picture.x = self.pipe.noise([picture.task.seed], height, width)[0].to(self.pipe.device)
+                job = picture.job
+                x, held = self.pipe.begin([picture.task.seed], height, width, job.times[0], job.start)
+                picture.x, picture.held = x[0], held and (held[0][0], held[1][0])
             if picture.job.warnings is None:
                 picture.job.warnings = self.pipe.truncations([picture.task])
         field = self.pipe.velocity(
@@ -279,7 +290,7 @@ class Engine:
                 self._fail(job, attempt.error)
         if job.done and not job.future.done():
             latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
-            drawn = self._decoder.submit(_finish, self.pipe, latents)
+            drawn = self._decoder.submit(_finish, self.pipe, latents, job.start)
             drawn.add_done_callback(partial(self._deliver, job))
 
     # -------------------------------------------------------------- how a job ends
@@ -319,8 +330,8 @@ class Engine:
 
 
 @torch.inference_mode()
-def _finish(pipe: DiffusionFMPipeline, latents: Tensor) -> list[Image.Image]:
-    return pipe.finish(latents)
+def _finish(pipe: DiffusionFMPipeline, latents: Tensor, start: Start | None) -> list[Image.Image]:
+    return pipe.finish(latents, start)
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
