@@ -49,7 +49,7 @@ def test_generate_from_a_picture_and_under_a_mask(tiny_model, tmp_path, capsys):
     for name, more in {"a": [], "b": ["--strength", "0.9"], "c": ["--mask", str(tmp_path / "mask.png")]}.items():
         assert main([*command, *image, str(tmp_path / f"{name}.png"), *more]) == 0
         drawn[name] = read_parameters(tmp_path / f"{name}.png")["strength"]
-    assert drawn == {"a": 0.6, "b": 0.9, "c": 1.0}
+    assert drawn == {"a": 0.8, "b": 0.9, "c": 1.0}
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in drawn}) == 3
     fitted = contain(open_picture(tmp_path / "photo.jpg"), 32, 32)
     with Image.open(tmp_path / "c.png") as image_c:

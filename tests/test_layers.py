@@ -33,6 +33,8 @@ PIECES = {
     "colors",
     "images",
     "inputs",
+    "phrasing",
+    "sheets",
     "edit",
     "formats",
     "checks",
