@@ -16,8 +16,11 @@ from diffusionfm.serve.engine import Engine
 from . import cards
 from .api import generate_endpoint
 from .create import create
+from .grid import grid
 from .lane import Lane, owner_of
+from .restore import restore
 from .theme import HEAD, css, theme
+from .vary import vary
 
 NAME = "DiffusionFM Studio"
 HOST = "127.0.0.1"
@@ -44,6 +47,9 @@ LAUNCH: dict[str, Any] = {
 """Where the studio is served and what it hands out, stated in full: nothing is left to Gradio's defaults."""
 TABS: dict[str, Callable[[Lane], Any]] = {
     "Create": create,
+    "Vary": vary,
+    "Grid": grid,
+    "Restore": restore,
 }
 """The tabs in their order: each is a module of its name, and a function that lays out and wires what it shows."""
 

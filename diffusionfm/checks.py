@@ -115,7 +115,9 @@ def check_settings(
     if strength is not None:
         number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
         if not number or not STRENGTH[0] <= strength <= STRENGTH[1]:
-            raise ValueError(f"strength must be a number from {STRENGTH[0]} to {STRENGTH[1]:g}, got {strength!r}")
+            raise ValueError(
+                f"strength must be a number from {STRENGTH[0]} to {STRENGTH[1]:g}, got {strength!r}"
+            )
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue

@@ -89,7 +89,8 @@ def grid(steps: int, shift: float = 1.0, strength: float = 1.0) -> Tensor:
 
     strength in (0, 1]: the share of the way from noise that is gone, for a picture that noise covers in part
     (SDEdit, arXiv:2108.01073), in as large a share of the steps, rounded up. The whole grid equals the sigmas of
-    diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after `set_timesteps(sigmas=linspace(1, 1 / steps, steps))`.
+    diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after
+    `set_timesteps(sigmas=linspace(1, 1 / steps, steps))`.
     """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")

@@ -1,7 +1,7 @@
 """X/Y grids: two settings, a picture for every pair of their values, and the labelled sheet of them.
 
-An axis is written as people write it elsewhere: "4, 8, 20" or "0.5-0.9:0.1" for numbers (from-to:step), words with commas
-between them for others, and for the prompt "cat, dog, fox": the first is searched for, each is put in its place.
+An axis is written as people write it elsewhere: "4, 8, 20" or "0.5-0.9:0.1" for numbers (from-to:step), words with
+commas between them for others, and for the prompt "cat, dog, fox": the first is searched for, each is put in its place.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def _put(settings: Settings, axis: Axis, value: Any) -> None:
     if axis.name == "prompt":
         sought = axis.values[0]
         if sought not in settings["prompt"]:
-            raise ValueError(f"the prompt does not say {sought!r}: begin the axis with words that are to be replaced")
+            raise ValueError(
+                f"the prompt does not say {sought!r}: begin the axis with words that are to be replaced"
+            )
         settings["prompt"] = settings["prompt"].replace(sought, value)
     elif axis.name == "lora":
         if not settings.get("loras"):
@@ -147,7 +149,9 @@ def _composed(settings: Settings) -> Settings:
     return settings
 
 
-def draw_sheet(images: Sequence[Image.Image], x: Axis, y: Axis | None, facts: Mapping[str, Any] | None = None) -> Image.Image:
+def draw_sheet(
+    images: Sequence[Image.Image], x: Axis, y: Axis | None, facts: Mapping[str, Any] | None = None
+) -> Image.Image:
     """One RGB picture of a grid's pictures, row by row, on checkerboards: x labels above, y labels at the left.
 
     facts: what all of them have in common, written below.
@@ -166,7 +170,9 @@ def draw_sheet(images: Sequence[Image.Image], x: Axis, y: Axis | None, facts: Ma
     pen = ImageDraw.Draw(sheet)
     for k, label in enumerate(x.labels):
         middle = side + k * (CELL + GAP) + CELL // 2
-        pen.text((middle, MARGIN + head // 2), _cut(label, CELL, font), fill="#333333", font=font, anchor="mm")
+        pen.text(
+            (middle, MARGIN + head // 2), _cut(label, CELL, font), fill="#333333", font=font, anchor="mm"
+        )
     for k, image in enumerate(images):
         left, top = side + k % columns * (CELL + GAP), MARGIN + head + k // columns * (CELL + GAP)
         sheet.paste(checkerboard(contain(image.convert("RGBA"), CELL, CELL)), (left, top))
@@ -175,7 +181,9 @@ def draw_sheet(images: Sequence[Image.Image], x: Axis, y: Axis | None, facts: Ma
             pen.text((MARGIN, top + CELL // 2), label, fill="#333333", font=font, anchor="lm")
     if facts:
         words = " · ".join(f"{name} {value}" for name, value in facts.items())
-        pen.text((MARGIN, sheet.height - 24), _cut(words, width - 2 * MARGIN, font), fill="#777777", font=font)
+        pen.text(
+            (MARGIN, sheet.height - 24), _cut(words, width - 2 * MARGIN, font), fill="#777777", font=font
+        )
     return sheet
 
 

@@ -46,7 +46,11 @@ def test_generate_from_a_picture_and_under_a_mask(tiny_model, tmp_path, capsys):
     mask.save(tmp_path / "mask.png")
     image = ["--image", str(tmp_path / "photo.jpg"), "-o"]
     drawn = {}
-    for name, more in {"a": [], "b": ["--strength", "0.9"], "c": ["--mask", str(tmp_path / "mask.png")]}.items():
+    for name, more in {
+        "a": [],
+        "b": ["--strength", "0.9"],
+        "c": ["--mask", str(tmp_path / "mask.png")],
+    }.items():
         assert main([*command, *image, str(tmp_path / f"{name}.png"), *more]) == 0
         drawn[name] = read_parameters(tmp_path / f"{name}.png")["strength"]
     assert drawn == {"a": 0.8, "b": 0.9, "c": 1.0}

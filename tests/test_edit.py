@@ -43,7 +43,9 @@ def test_any_mode_becomes_rgba_of_its_colour(mode):
     grey = Image.new("L", (6, 4), 255).convert("I;16" if mode == "I;16" else "L")
     if mode == "I;16":
         grey = Image.new("I;16", (6, 4), 65535)
-    picture = grey if mode == "I;16" else grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert(mode)
+    picture = (
+        grey if mode == "I;16" else grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert(mode)
+    )
     data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
     assert open_picture(data).convert("RGBA").getpixel((5, 3)) == (255, 255, 255, 255)
 
@@ -127,7 +129,10 @@ def test_outside_the_mask_every_byte_stays_and_the_edge_is_soft_inside():
 
 
 def test_colours_mix_by_their_alpha():
-    hidden, red = Image.new("RGBA", (128, 128), (0, 255, 0, 0)), Image.new("RGBA", (128, 128), (255, 0, 0, 255))
+    hidden, red = (
+        Image.new("RGBA", (128, 128), (0, 255, 0, 0)),
+        Image.new("RGBA", (128, 128), (255, 0, 0, 255)),
+    )
     result = np.asarray(edit.composite(hidden, red, box_mask((128, 128), (32, 32, 95, 95))))
     assert tuple(result[32, 64]) == (255, 0, 0, 128) and tuple(result[0, 0]) == (0, 255, 0, 0)
 
@@ -151,11 +156,19 @@ def test_strength_is_how_far_the_picture_is_left(tiny_pipe):
 
 def test_only_the_share_of_the_steps_is_drawn(tiny_pipe):
     seen = []
-    arguments = {"image": noisy(), "strength": 0.3, "num_inference_steps": 10, "num_images": 3, "batch_size": 2}
+    arguments = {
+        "image": noisy(),
+        "strength": 0.3,
+        "num_inference_steps": 10,
+        "num_images": 3,
+        "batch_size": 2,
+    }
     result = tiny_pipe("", **arguments, on_step=lambda step, total, _: seen.append((step, total)) and None)
     assert seen == [(k, 6) for k in range(1, 7)] and len(result.images) == 3
     again = tiny_pipe("", **arguments)
-    assert [a.tobytes() == b.tobytes() for a, b in zip(result.images, again.images, strict=True)] == [True] * 3
+    assert [a.tobytes() == b.tobytes() for a, b in zip(result.images, again.images, strict=True)] == [
+        True
+    ] * 3
     assert len({image.tobytes() for image in result.images}) == 3
 
 
@@ -163,7 +176,11 @@ def test_the_mask_keeps_every_byte_and_the_latent_outside(tiny_pipe):
     picture, mask = noisy(), box_mask(box=(8, 8, 15, 15))
     seen = []
     drawn = tiny_pipe(
-        "yellow star", image=picture, mask_image=mask, seed=3, on_step=lambda *step: seen.append(step[2]()) and None
+        "yellow star",
+        image=picture,
+        mask_image=mask,
+        seed=3,
+        on_step=lambda *step: seen.append(step[2]()) and None,
     ).images[0]
     outside = np.asarray(mask) == 0
     assert np.array_equal(np.asarray(drawn)[outside], np.asarray(picture)[outside])

@@ -62,9 +62,15 @@ def test_every_picture_has_its_pair_of_values_row_by_row():
 
 def test_pickers_and_search_work_together():
     cells = plan_grid(
-        BASE | {"background": "blue"}, parse_axis("style", "sticker, flat emoji"), parse_axis("prompt", "cat, owl")
+        BASE | {"background": "blue"},
+        parse_axis("style", "sticker, flat emoji"),
+        parse_axis("prompt", "cat, owl"),
     )
-    assert cells[-1] == {"prompt": "a flat emoji of a red owl on a blue background", "seed": 3, "guidance": 4.0}
+    assert cells[-1] == {
+        "prompt": "a flat emoji of a red owl on a blue background",
+        "seed": 3,
+        "guidance": 4.0,
+    }
     clear = plan_grid(BASE, parse_axis("background", "transparent, teal"))
     assert [cell["prompt"] for cell in clear] == ["a red cat", "a red cat on a teal background"]
 
@@ -90,7 +96,14 @@ def test_grids_that_make_no_sense_are_refused(x, y, words):
 
 
 def test_the_sheet_has_every_picture_in_its_place():
-    colors = [(250, 0, 0, 255), (0, 250, 0, 255), (0, 0, 250, 255), (250, 250, 0, 255), (0, 250, 250, 255), (9, 9, 9, 255)]
+    colors = [
+        (250, 0, 0, 255),
+        (0, 250, 0, 255),
+        (0, 0, 250, 255),
+        (250, 250, 0, 255),
+        (0, 250, 250, 255),
+        (9, 9, 9, 255),
+    ]
     images = [Image.new("RGBA", (32, 32), color) for color in colors]
     x, y = parse_axis("steps", "1, 2, 3"), parse_axis("prompt", "cat, a dog of a very long name indeed it is")
     sheet = draw_sheet(images, x, y, {"seed": 3})

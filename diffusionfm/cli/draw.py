@@ -188,12 +188,15 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="picture k of --n uses seed + k (default 0)")
     command.add_argument("--n", type=int, default=1, help="how many pictures, 1 to 1000 (default 1)")
     command.add_argument(
-        "--image", metavar="FILE", help='a picture to set out from, fitted to the size; the prompt may then be ""'
+        "--image",
+        metavar="FILE",
+        help='a picture to set out from, fitted to the size; the prompt may then be ""',
     )
     command.add_argument(
         "--strength",
         type=float,
-        help=f"how far to leave --image, 0.01 to 1 (default {default_strength(False)}, with --mask {default_strength(True)})",
+        help="how far to leave --image, 0.01 to 1 "
+        f"(default {default_strength(False)}; {default_strength(True)} with --mask)",
     )
     command.add_argument(
         "--mask",

@@ -120,9 +120,15 @@ class Engine:
         found = self.pipe.settings(request.steps, request.guidance, request.height, request.width)
         start, size = request.start, (found["width"], found["height"])
         if start is not None and start.picture.size != size:
-            raise ValueError(f"the picture to set out from must be {size[0]} x {size[1]} pixels: fit it first")
+            raise ValueError(
+                f"the picture to set out from must be {size[0]} x {size[1]} pixels: fit it first"
+            )
         tasks = plan_tasks(
-            request.prompt, request.negative_prompt, request.seed, request.num_images, silent=start is not None
+            request.prompt,
+            request.negative_prompt,
+            request.seed,
+            request.num_images,
+            silent=start is not None,
         )
         times = flow.grid(found["steps"], self.pipe.defaults["shift"], start.strength if start else 1.0)
         work = found["height"] * found["width"] * (len(times) - 1) * len(tasks)

@@ -37,7 +37,9 @@ async def read_form(request: Request) -> Form:
     """The form of a request. Raises Refusal, status 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
-        raise Refusal(415, "the body must be a form: send Content-Type: multipart/form-data with a file named image")
+        raise Refusal(
+            415, "the body must be a form: send Content-Type: multipart/form-data with a file named image"
+        )
     length = request.headers.get("content-length", "")
     stream = within(request, int(length) if length.isdigit() else 0, MAX_FORM)
     parser = MultiPartParser(request.headers, stream, max_files=3, max_fields=FIELDS, max_part_size=2**18)
@@ -49,7 +51,9 @@ async def read_form(request: Request) -> Form:
     except ClientDisconnect as error:
         raise Refusal(GONE, "the client hung up") from error
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
-        raise Refusal(400, f"the form cannot be read: {getattr(error, 'message', 'it is damaged')}") from error
+        raise Refusal(
+            400, f"the form cannot be read: {getattr(error, 'message', 'it is damaged')}"
+        ) from error
     try:
         form = Form()
         for name, value in parts.multi_items():

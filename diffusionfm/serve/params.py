@@ -20,7 +20,15 @@ OURS = ("negative_prompt", "steps", "guidance", "seed", "lora", "metadata")
 KNOWN = ("prompt", "model", "n", "size", "response_format", "background", "output_format", "user", *OURS)
 STARTING = ("strength",)
 """Those that need a picture to set out from; beside one, a prompt may be ""."""
-WITHOUT_MEANING = ("input_fidelity", "moderation", "output_compression", "partial_images", "quality", "stream", "style")
+WITHOUT_MEANING = (
+    "input_fidelity",
+    "moderation",
+    "output_compression",
+    "partial_images",
+    "quality",
+    "stream",
+    "style",
+)
 """OpenAI's parameters for which this model has no use: null, "auto" and false are accepted."""
 
 
