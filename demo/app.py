@@ -24,8 +24,11 @@ from diffusionfm.serve.safety import Safety
 from . import cards
 from .api import generate_endpoint
 from .create import create
+from .grid import grid
 from .lane import Lane, owner_of
+from .restore import restore
 from .theme import HEAD, css, theme
+from .vary import vary
 
 NAME = "DiffusionFM Studio"
 HOST = "127.0.0.1"
@@ -84,6 +87,9 @@ PATHS += [
 OPEN_PATHS = ("/gradio_api/startup-events", "/health")
 TABS: dict[str, Callable[[Lane], Any]] = {
     "Create": create,
+    "Vary": vary,
+    "Grid": grid,
+    "Restore": restore,
 }
 """The tabs in their order: each is a module of its name, and a function that lays out and wires what it shows."""
 
