@@ -44,7 +44,7 @@ def finetune(lane: Lane) -> None:
     captions = [at.missing, at.trigger]
     slow = HIDDEN | {"show_progress": "minimal", "concurrency_limit": 4}
     at.files.upload(tab.take, [*who, at.files, at.name, *captions], everything, **slow)
-    gr.on([at.missing.input, at.trigger.blur], tab.look, [*who, *captions], everything, **HIDDEN)
+    at.missing.input(tab.look, [*who, at.table, at.missing], everything, **HIDDEN)
     settings = [at.name, at.preset, at.method, at.steps, at.prior, *captions]
     at.start.click(tab.start, [*who, at.table, *settings], everything, trigger_mode="once", **HIDDEN)
     at.preset.input(
@@ -80,22 +80,22 @@ class Tab(RunTab):
         return self.shown(person, run)
 
     @told
-    def look(self, person: str, key: str, missing: str, trigger: str) -> Update:
-        """How captions are found was changed: look again, unless training has begun."""
+    def look(self, person: str, key: str, rows: Rows, missing: str) -> Update:
+        """How captions are found was changed: look again, unless training has begun. What was edited stays so."""
         run = self.draft(person, key)
         if run is None:
             return self.same
-        run.keep(settings={"missing": missing, "trigger": trigger})
-        return self._report(run)
+        found = dict(run.facts["found"])
+        run.keep(settings=run.facts["settings"] | {"missing": missing})
+        return self._report(run, {name: text for name, text in rows if found.get(name) != text})
 
-    def _report(self, run: Run) -> Update:
-        report, rows, sheet = look_through(run, self.size, run.facts["settings"]["missing"])
-        run.keep(report=[report.summary(), report.faults()])
+    def _report(self, run: Run, edited: dict[str, str] | None = None) -> Update:
+        report, found, sheet = look_through(run, self.size, run.facts["settings"]["missing"])
+        run.keep(report=[report.summary(), report.faults()], found=found)
+        rows = [[name, (edited or {}).get(name, text)] for name, text in found]
         return {
             self.at.report: runcards.lines("What is there", report.summary(), report.faults()),
-            self.at.stage: runcards.sheet(sheet, "Your pictures, as they will be learned")
-            if sheet
-            else EMPTY,
+            self.at.stage: runcards.sheet(sheet, "Your pictures, as they are learned") if sheet else EMPTY,
             self.at.table: gr.Dataframe(rows, visible=bool(rows)),
             self.at.said: f"{len(rows)} pictures looked through.",
             **self.buttons(State("draft"), may=bool(rows)),
@@ -119,9 +119,8 @@ class Tab(RunTab):
             }  # fmt: skip
             self._check(run, rows, chosen)
             settle(run, rows, missing)
-            run.keep(
-                name=name.strip()[:60] or "my style", settings=chosen, commands=self._commands(run, chosen)
-            )
+            commands = self._commands(run, chosen)
+            run.keep(name=name.strip()[:60] or "my style", settings=chosen, commands=commands)
         self.runs.start(run, run.facts["commands"])
         return self.shown(person, run)
 

@@ -161,8 +161,10 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     at = tab.at
     pictures = draw_pictures(tmp_path / "mine", 12)
     key = tab.take(ME, "", [str(path) for path in pictures.iterdir()], "rings", *CAPTIONS)[at.key]
-    table = value(tab.look(ME, key, *CAPTIONS), at.table)["value"]
+    table = value(tab.look(ME, key, [], "skip"), at.table)["value"]
     table[0][1] = "a ruby ring"
+    table = value(tab.look(ME, key, table, "name"), at.table)["value"]
+    assert table[0][1] == "a ruby ring" and table[1][1] == "a blue circle, my style"
     shown = tab.start(ME, key, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
     assert value(shown, at.stop)["interactive"] and value(shown, at.timer)["active"]
     while not watched(tab, key, "running", "failed")[at.seen][1]:
