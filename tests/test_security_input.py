@@ -33,7 +33,7 @@ def png(**texts: str) -> bytes:
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
 def test_u4_text_that_swells_is_refused(kind):
-    packed = zlib.compress(bytes(10**8), 9)
+    packed = zlib.compress(bytes(2 * 10**7), 1)
     body = b"parameters\0\0" + packed if kind == b"zTXt" else b"parameters\0\1\0\0\0" + packed
     chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
     data = png()

@@ -128,7 +128,7 @@ def test_u3_a_turned_photograph_comes_upright_and_says_nothing_of_its_camera(put
 
 
 def test_u4_text_that_swells_is_refused(put, two):
-    swollen = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(10**8), 9))
+    swollen = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(2 * 10**7), 1))
     data = encoded(two, "PNG")
     with pytest.raises(BadUpload):
         open_upload(put(data[:33] + swollen + data[33:]))

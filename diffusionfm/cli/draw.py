@@ -32,6 +32,7 @@ def generate(args: argparse.Namespace) -> int:
     start = time.monotonic()
     check_prompt(args.prompt)
     check_prompt(args.negative, "negative_prompt")
+    check_settings(num_images=args.n)
     check_seed(args.seed, args.n)
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)
     files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
