@@ -8,7 +8,6 @@ need a browser, see test_browser.py: Q7, what a reload finds; V4, no request to 
 from __future__ import annotations
 
 import base64
-import json
 import socket
 import sys
 import time
@@ -75,14 +74,15 @@ def running(tiny_pipe):
     with pytest.MonkeyPatch.context() as patch, Engine(tiny_pipe) as engine:
         patch.setitem(app.TABS, "Probe", probe)
         studios = []
-        for access in (None, Access(logins={"ann": PASSWORD, "bob": PASSWORD[::-1]})):
+        locks = Access(logins={"ann": PASSWORD, "bob": PASSWORD[::-1]})
+        for access in (locks, None):  # the open one last: a process has one folder of uploads, the latest
             for name, value in OPENERS.items():
                 patch.setenv(name, value)
             patch.delenv("GRADIO_TEMP_DIR", raising=False)
             studio = app.build(engine)
             app.launch(studio, engine, free_port(), access=access)
             studios.append(studio)
-        yield (*studios, access)
+        yield studios[1], studios[0], locks
         for studio in studios:
             studio.close()
 
@@ -129,7 +129,7 @@ def routes(these) -> Iterator[Any]:
 
 def told(http: httpx.Client, name: str, given: list) -> str:
     """What the studio's endpoint of a name answers."""
-    begun = http.post(f"/gradio_api/call/{name}", content=json.dumps({"data": given}))
+    begun = http.post(f"/gradio_api/call/{name}", json={"data": given})
     assert begun.status_code == 200, begun.text
     return http.get(f"/gradio_api/call/{name}/{begun.json()['event_id']}").text
 
@@ -366,11 +366,10 @@ def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http):
     answer = http.post("/gradio_api/upload", files={"files": ("a.png", bytes(21 * 10**6))})
     assert answer.status_code == 413
     assert {file for file in folder_of(studio).rglob("*") if file.is_file()} == before
-    announced = {
-        "Content-Length": str(gate.MAX_UPLOAD + 1),
-        "Content-Type": "multipart/form-data; boundary=a",
-    }
-    assert http.post("/gradio_api/upload", headers=announced, content=b"").status_code == 413
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: {gate.MAX_UPLOAD + 1}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", studio.server_port)) as line:
+        line.sendall(head.encode())
+        assert line.recv(99).startswith(b"HTTP/1.1 413")
     assert http.post("/gradio_api/queue/join", content=bytes(gate.MAX_BODY + 1)).status_code == 413
     assert http.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
 

@@ -98,14 +98,15 @@ def test_p3_what_a_long_prompt_loses_is_told(api):
 
 def test_q1_a_full_queue_answers_at_once(fresh):
     running = fresh(limits=Limits(queue=3))
-    with running.held(), ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(running.draw, **APPLE) for _ in range(2)]
-        until(lambda: running.engine.waiting == 3)
-        began = time.monotonic()
-        answer = running.draw(**APPLE)
-        assert answer.status_code == 429 and time.monotonic() - began < 2
-        assert answer.json()["error"]["code"] == "queue_full"
-    assert [other.result(60).status_code for other in others] == [200, 200]
+    with ThreadPoolExecutor(2) as pool:
+        with running.held():
+            others = [pool.submit(running.draw, **APPLE) for _ in range(2)]
+            until(lambda: running.engine.waiting == 3)
+            began = time.monotonic()
+            answer = running.draw(**APPLE)
+            assert answer.status_code == 429 and time.monotonic() - began < 2
+            assert answer.json()["error"]["code"] == "queue_full"
+        assert [other.result(60).status_code for other in others] == [200, 200]
 
 
 def test_q2_cancel_stops_within_a_step_and_nobody_else_s(fresh):
