@@ -5,41 +5,81 @@ from __future__ import annotations
 import io
 import os
 import struct
+import threading
+from collections.abc import Sequence
 from typing import IO
 
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64 * 2**20
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+HANDED_FORMATS = FORMATS[:4]
+"""Of pictures that are handed over, by strangers too: what browsers make, and no decoder more."""
+HANDED_BYTES = 20 * 10**6
+HANDED_PIXELS = 50 * 10**6  # a photograph of a good telephone; 200 MB once decoded
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+_one_at_a_time = threading.Lock()  # so that many handed over at once need the memory of one
 
 Source = str | os.PathLike[str] | IO[bytes] | bytes | Image.Image
 
 
-def read_picture(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+def read_picture(
+    path: str | os.PathLike[str] | IO[bytes], formats: Sequence[str] = FORMATS, most: int = MAX_PIXELS
+) -> Image.Image:
     """RGBA picture of a file (PNG, JPEG, WebP, GIF's first frame, BMP, TIFF), turned upright by its EXIF.
 
-    Raises one of DECODE_ERRORS when it cannot be decoded or, before any pixel is, has more than 64 Mpixel."""
-    with Image.open(path, formats=FORMATS) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} is more than {MAX_PIXELS // 2**20} Mpixel")
+    Raises one of DECODE_ERRORS when it cannot be decoded or, before any pixel is, has more than `most` pixels."""
+    with Image.open(path, formats=formats) as picture:
+        if picture.width * picture.height > most:
+            raise Image.DecompressionBombError(
+                f"{picture.width}x{picture.height} is more than {most:,} pixels"
+            )
         return to_rgba(ImageOps.exif_transpose(picture))
 
 
 def open_picture(source: Source, what: str = "the picture") -> Image.Image:
     """A picture someone hands over, as RGBA: a file's name, an open file, its bytes, or a picture in memory.
 
-    Raises ValueError, one line that begins with `what`, for anything that cannot be drawn from.
+    A file's suffix means nothing, and nothing but pixels is taken over. Raises ValueError, one line that begins with
+    `what`: before a pixel is decoded for a file of over HANDED_BYTES, of another format (SVG, TIFF, PDF ...) or of
+    over HANDED_PIXELS, and afterwards for a damaged one.
     """
     if isinstance(source, Image.Image):
         return to_rgba(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return read_picture(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if (size := _size(file)) > HANDED_BYTES:
+            raise ValueError(f"{what} has {size:,} bytes: {HANDED_BYTES:,} at most, so save it smaller")
+        with _one_at_a_time:
+            picture = read_picture(file, HANDED_FORMATS, HANDED_PIXELS).copy()  # without what EXIF it holds
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{what} has too many pixels: {HANDED_PIXELS:,} at most, so save it smaller"
+        ) from error
     except DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{what} cannot be read: {error}") from error
-        why = str(error) if type(error) is ValueError else "it is damaged, or of another format"
-        raise ValueError(f"{what} cannot be read ({why}): use a {', '.join(FORMATS)} file") from error
+        if str(error).startswith(what):
+            raise
+        raise ValueError(f"{what} cannot be read: use a whole {', '.join(HANDED_FORMATS)} file") from error
+    picture.info.clear()
+    return picture
+
+
+def _size(file: str | os.PathLike[str] | IO[bytes]) -> int:
+    """Bytes of a file."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.path.getsize(file)
+    return file.seek(0, os.SEEK_END)
 
 
 def to_rgba(picture: Image.Image) -> Image.Image:

@@ -46,7 +46,7 @@ def test_any_mode_becomes_rgba_of_its_colour(mode):
     picture = (
         grey if mode == "I;16" else grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert(mode)
     )
-    data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
+    data = encoded(picture, "JPEG" if mode == "CMYK" else "PNG")
     assert open_picture(data).convert("RGBA").getpixel((5, 3)) == (255, 255, 255, 255)
 
 
@@ -66,9 +66,9 @@ def test_a_picture_is_turned_upright_and_fitted_without_distortion():
     ("data", "words"),
     [
         (b"", "the picture cannot be read"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "use a PNG"),
-        (encoded(noisy(), "PNG")[:-200], "damaged"),
-        (encoded(Image.new("1", (25_000, 25_000)), "PNG"), "25000x25000 is more than 64 Mpixel|damaged"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "use a whole PNG"),
+        (encoded(noisy(), "PNG")[:-200], "use a whole PNG"),
+        (encoded(Image.new("1", (25_000, 25_000)), "PNG"), "too many pixels"),
     ],
 )
 def test_what_is_no_sound_picture_is_refused(data, words):
