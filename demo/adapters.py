@@ -72,7 +72,7 @@ def choices(lane: Lane, person: str) -> list[tuple[str, str]]:
 
 def refreshed(lane: Lane, person: str, chosen: str | None = None) -> dict[Any, Any]:
     """The updates of all pickers; `chosen` becomes the choice."""
-    new = {"choices": choices(lane, person)} | ({"value": chosen} if chosen else {})
+    new: dict[str, Any] = {"choices": choices(lane, person)} | ({"value": chosen} if chosen else {})
     return {picker.choice: gr.Dropdown(**new) for picker in lane.pickers.values()}
 
 

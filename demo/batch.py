@@ -91,7 +91,11 @@ class Tab(RunTab):
         command = ["batch", str(source), "--out", str(run.out), "--n", many, "--seed", start]
         command += ["--format", form, "--to", to, "--model", str(model), "--device", device]
         command += ["--fast"] if self.lane.pipe.fast else []
-        return command + (["--lora", f"{worn.source.resolve()}:{worn.weight:g}"] if worn else [])
+        command += ["--dtype", str(self.lane.pipe.transformer.dtype).removeprefix("torch.")]
+        command += ["--lora", f"{worn.source.resolve()}:{worn.weight:g}"] if worn else []
+        return command + (
+            ["--lora-any"] if worn and worn.public else []
+        )  # loaded already, by who opened the studio
 
     def plan(self, person: str, key: str, *asked: Any) -> Iterator[Update]:
         """Count the rows and estimate the time, by the command's own dry run."""

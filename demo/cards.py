@@ -18,6 +18,9 @@ from .theme import MARK
 PREVIEW_SIZE = 512
 """Longest side of a preview in pixels: previews are looks, not results."""
 
+VEIL = '<label class="veil"><input type="checkbox"> Show anyway</label>'
+"""Beside a picture: blurs it until it is ticked."""
+
 EXAMPLES: list[tuple[str, str]] = [
     ("a red apple", "Name one thing. Nothing behind it: the picture is truly transparent."),
     (
@@ -95,7 +98,7 @@ def _card(number: int, data: bytes, its: Mapping[str, Any], flagged: bool) -> st
         f'<button type="button" {act} title="{hint}" aria-label="{word}{more}, seed {seed}">{word}</button>'
         for act, word, more, hint in acts
     )
-    veil = '<label class="veil"><input type="checkbox"> Show anyway</label>' if flagged else ""
+    veil = VEIL if flagged else ""
     picture = f'<img src="{source}" alt="{escape(prompt)}, seed {seed}">'
     return (
         f'<li class="card"><figure><div class="board">{picture}{veil}</div>'
@@ -103,6 +106,11 @@ def _card(number: int, data: bytes, its: Mapping[str, Any], flagged: bool) -> st
         f'<a href="{source}" download="{name}" aria-label="PNG download, seed {seed}">PNG</a>'
         "</figcaption></figure></li>"
     )
+
+
+def veiled(flagged: Sequence[str]) -> list[str]:
+    """A word about pictures that are blurred for these words of their prompts; none for none."""
+    return [f"Blurred, for the prompt says {flagged[0]!r}: tick to show."] if flagged else []
 
 
 def waiting(ahead: int) -> str:

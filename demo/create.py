@@ -238,9 +238,7 @@ class Tab:
         pipe, asked = self.lane.pipe, drawing.request
         told = f"{asked.prompt} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(result.images) == 1 else f"{len(result.images)} pictures"
-        advice = list(result.warnings)
-        if result.flagged:
-            advice.append(f"Blurred, for the prompt says {result.flagged[0]!r}: tick to show.")
+        advice = [*result.warnings, *cards.veiled(result.flagged)]
         return self._ready() | {
             self.at.stage: cards.results(
                 encode(pipe, asked, result), parameters(pipe, asked, result), bool(result.flagged)

@@ -16,6 +16,7 @@ from diffusionfm.edit import start_from
 from diffusionfm.inputs import open_picture
 from diffusionfm.serve.jobs import Request
 
+from .cards import VEIL, veiled
 from .controls import ANNOUNCE
 from .lane import AT_ONCE, Lane, owner_of
 from .request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS
@@ -233,10 +234,11 @@ class Tab:
             facts = {name: value for name, value in common.items() if name not in (x, y)}
             sheet = sheets.draw_sheet([drawn.images[0] for drawn in event], across, down, facts)
             told = f"{len(requests)} pictures, {x} across" + (f", {y} down" if down else "")
+            flagged = [word for drawn in event for word in drawn.flagged]
             yield self.rest() | {
-                self.at.stage: _figure(sheet, told, file_stem(f"grid {base['prompt']}")),
-                self.at.status: line(told),
-                self.at.said: f"The sheet is drawn: {told}.",
+                self.at.stage: _figure(sheet, told, file_stem(f"grid {base['prompt']}"), bool(flagged)),
+                self.at.status: line(" ".join([told, *veiled(flagged)])),
+                self.at.said: " ".join([f"The sheet is drawn: {told}.", *veiled(flagged)]),
             }
 
     def _requests(self, cells: list[sheets.Settings], picture: bytes | None) -> list[Request]:
@@ -265,12 +267,13 @@ class Tab:
         return self.rest() | {self.at.status: line("Cancelled."), self.at.said: "Cancelled."}
 
 
-def _figure(sheet: Any, told: str, name: str) -> str:
+def _figure(sheet: Any, told: str, name: str, flagged: bool) -> str:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     source = data_url(buffer.getvalue())
     return (
-        f'<figure class="card wide"><img class="whole" src="{source}" alt="{escape(told)}"><figcaption>'
+        f'<figure class="card wide"><div class="veiled"><img class="whole" src="{source}" alt="{escape(told)}">'
+        f"{VEIL if flagged else ''}</div><figcaption>"
         f'<span class="seed">{escape(told)}</span>'
         f'<a href="{source}" download="{name}.png" aria-label="Download the sheet as PNG">Download the sheet</a>'
         "</figcaption></figure>"

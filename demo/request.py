@@ -117,6 +117,8 @@ def parameters(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) ->
     }
     if asked.loras:
         common["lora"] = [f"{name.partition('+')[0]}:{scale:g}" for name, scale in asked.loras]
+    if asked.start is not None:
+        common["strength"] = asked.start.strength
     return [
         common | {"seed": seed, "width": image.width, "height": image.height}
         for image, seed in zip(pictures.images, pictures.seeds, strict=True)

@@ -17,6 +17,7 @@ import gradio as gr
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.jobs import Request
 
+from .cards import VEIL
 from .lane import REFUSED, Lane
 
 TAKE = """element.addEventListener('click', event => {
@@ -91,9 +92,13 @@ def bar(now: Progress, count: int) -> str:
     )
 
 
-def shelf(files: Sequence[bytes], names: Sequence[str], seeds: Sequence[int], take: str = "") -> str:
-    """PNG files over checkerboards, each to download; `take` is the label of a button that hands one on."""
-    items = []
+def shelf(
+    files: Sequence[bytes], names: Sequence[str], seeds: Sequence[int], take: str = "", flagged: bool = False
+) -> str:
+    """PNG files over checkerboards, each to download; `take` is the label of a button that hands one on.
+
+    Flagged ones are blurred until their own "Show anyway" is ticked."""
+    items, veil = [], VEIL if flagged else ""
     for data, name, seed in zip(files, names, seeds, strict=True):
         source, shown = data_url(data), escape(name or "no prompt")
         more = (
@@ -102,7 +107,7 @@ def shelf(files: Sequence[bytes], names: Sequence[str], seeds: Sequence[int], ta
             else ""
         )
         items.append(
-            f'<li class="card"><figure><div class="board"><img src="{source}" alt="{shown}, seed {seed}"></div>'
+            f'<li class="card"><figure><div class="board"><img src="{source}" alt="{shown}, seed {seed}">{veil}</div>'
             f'<figcaption><span class="seed">seed {seed}</span>{more}'
             f'<a href="{source}" download="{file_stem(name)}-{seed}.png" aria-label="Download PNG, seed {seed}">PNG</a>'
             "</figcaption></figure></li>"

@@ -11,15 +11,16 @@ from typing import Any
 import gradio as gr
 
 from diffusionfm.edit import VARIATIONS, default_strength, start_from
-from diffusionfm.images import encode_png, read_parameters
+from diffusionfm.images import read_parameters
 from diffusionfm.inputs import open_picture
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.jobs import Request
 
+from .cards import veiled
 from .controls import ANNOUNCE
 from .editor import editor, painted
 from .lane import AT_ONCE, Lane, owner_of
-from .request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, seeds_in_words
+from .request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, encode, seeds_in_words
 from .shelf import LAST, TAKE, Progress, bar, bytes_of, draw_all, empty, line, shelf
 
 MAX_COUNT = 8
@@ -209,22 +210,15 @@ class Tab:
 
     def _finished(self, asked: Request, drawn: Pictures) -> dict[Any, Any]:
         assert asked.start is not None
-        settings = {
-            "negative_prompt": asked.negative_prompt,
-            "steps": asked.steps,
-            "guidance": asked.guidance,
-        }
-        settings |= {"strength": asked.start.strength}
-        files = []
-        for image, seed in zip(drawn.images, drawn.seeds, strict=True):
-            size = {"width": image.width, "height": image.height}
-            files.append(encode_png(image, self.lane.pipe.describe(asked.prompt, seed, settings | size)))
+        files = encode(self.lane.pipe, asked, drawn)
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
         )
-        told = " ".join([told, *drawn.warnings])
+        told = " ".join([told, *drawn.warnings, *veiled(drawn.flagged)])
         return self.rest() | {
-            self.at.stage: shelf(files, [asked.prompt] * len(files), drawn.seeds, take="Vary this"),
+            self.at.stage: shelf(
+                files, [asked.prompt] * len(files), drawn.seeds, take="Vary this", flagged=bool(drawn.flagged)
+            ),
             self.at.status: line(told),
             self.at.said: f"{len(files)} drawn: {told}.",
         }

@@ -20,11 +20,12 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from demo import app, cards, request
+from demo import app, cards, grid, request, shelf
 from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
+from diffusionfm.edit import start_from
 from diffusionfm.images import format_a1111, read_parameters
-from diffusionfm.pipeline import Cancelled
+from diffusionfm.pipeline import Cancelled, Pictures
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, QueueFull, Request
 
@@ -136,6 +137,22 @@ def test_the_zip_has_every_picture_as_png_and_as_svg(tiny_pipe):
 def lane(tiny_pipe):
     with Engine(tiny_pipe) as engine:
         yield Lane(engine)
+
+
+def test_files_tell_the_strength_and_the_adapters_at_work_alone(tiny_pipe, monkeypatch):
+    monkeypatch.setitem(tiny_pipe.loras, "at-rest", 1.0)
+    picture = Image.new("RGBA", (32, 32), "red")
+    asked = Request("x", loras=(("rings+secret", 0.5),), start=start_from(picture, 32, 32, 0.7))
+    told = request.parameters(tiny_pipe, asked, Pictures([picture], [3]))[0]
+    assert (told["lora"], told["strength"], told["seed"]) == (["rings:0.5"], 0.7, 3)
+
+
+def test_flagged_pictures_are_veiled_on_every_stage():
+    sheet = Image.new("RGB", (8, 8))
+    for flagged in (True, False):
+        stages = [cards.results([b""], [{"prompt": "x", "seed": 1}], flagged)]
+        stages += [shelf.shelf([b""], ["x"], [1], flagged=flagged), grid._figure(sheet, "x", "x", flagged)]
+        assert [cards.VEIL in stage for stage in stages] == [flagged] * 3
 
 
 def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(lane, tiny_pipe):

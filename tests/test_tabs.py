@@ -212,3 +212,23 @@ def test_a_failed_row_is_told_and_tried_again(studio):
     assert value(shown, tab.at.start)["value"] == "Try again"
     assert [Path(file).name for file in value(shown, tab.at.take)["value"]][0] == "00000.tar"
     assert "The first pictures" in shown[tab.at.stage]
+
+
+def test_a_batch_draws_as_the_studio_does(studio, monkeypatch):
+    lane, _, tab = studio
+    run = lane.runs.new(ME, "batch", "x")
+    settings = {
+        "repeats": 1,
+        "seed": 0,
+        "format": "png",
+        "to": "folder",
+        "adapter": "public house",
+        "weight": 0.5,
+    }
+    monkeypatch.setitem(lane.pipe.loras, "house", 1.0)
+    monkeypatch.setitem(lane.pipe.lora_sources, "house", Path("/adapters/house"))
+    monkeypatch.setattr(lane.pipe, "fast", True)
+    command = tab._command(ME, run, Path("rows.txt"), settings)
+    as_opened = ["--fast", "--dtype", "float32", "--lora", "/adapters/house:0.5", "--lora-any"]
+    assert command[-6:] == as_opened
+    lane.runs.delete(run)

@@ -25,8 +25,18 @@ def finetune(args: argparse.Namespace) -> int:
     if not args.data.exists():
         raise ValueError(f"no such folder: {args.data}")
     check_model(args.model)
-    names = ("steps", "rank", "lr", "captions", "method", "text_encoder", "trigger", "prior", "patience")
-    names += ("sample_every",)
+    names = (
+        "steps",
+        "rank",
+        "lr",
+        "captions",
+        "method",
+        "text_encoder",
+        "trigger",
+        "prior",
+        "patience",
+        "sample_every",
+    )
     chosen = {name: getattr(args, name) for name in names}
     for name in ("steps", "rank", "lr"):
         if chosen[name] is not None and not chosen[name] > 0:

@@ -125,6 +125,7 @@ class AdapterFlowMatching(Adapting):
     def __init__(self, pipe: DiffusionFMPipeline, cfg: FinetuneConfig):
         super().__init__(pipe, cfg)
         self.configs = {}
+        base: dict[str, Any] = {lora.BASE_NAME: pipe.model_name, lora.BASE_HASH: pipe.base_hash or None}
         weights: Weights = {}
         for name, network in self.targets.items():
             self.configs[name] = LoraConfig(
@@ -132,7 +133,7 @@ class AdapterFlowMatching(Adapting):
                 lora_alpha=cfg.alpha or cfg.rank,
                 target_modules=target_layers(network, cfg.targets),
                 use_dora=cfg.method == "dora",
-                **{lora.BASE_NAME: pipe.model_name, lora.BASE_HASH: pipe.base_hash or None},
+                **base,
             )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.trainer.seed)
