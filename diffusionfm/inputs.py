@@ -6,7 +6,6 @@ import io
 import os
 import struct
 import threading
-from collections.abc import Sequence
 from typing import IO
 
 from PIL import Image, ImageOps
@@ -33,7 +32,7 @@ Source = str | os.PathLike[str] | IO[bytes] | bytes | Image.Image
 
 
 def read_picture(
-    path: str | os.PathLike[str] | IO[bytes], formats: Sequence[str] = FORMATS, most: int = MAX_PIXELS
+    path: str | os.PathLike[str] | IO[bytes], formats: tuple[str, ...] = FORMATS, most: int = MAX_PIXELS
 ) -> Image.Image:
     """RGBA picture of a file (PNG, JPEG, WebP, GIF's first frame, BMP, TIFF), turned upright by its EXIF.
 
