@@ -29,10 +29,13 @@ from .api import generate_endpoint
 from .batch import batch
 from .create import create
 from .finetune import finetune
+from .grid import grid
 from .lane import Lane, owner_of
 from .person import person
+from .restore import restore
 from .runs import ROOT, Runs
 from .theme import HEAD, css, theme
+from .vary import vary
 
 NAME = "DiffusionFM Studio"
 HOST = "127.0.0.1"
@@ -91,6 +94,9 @@ PATHS += [
 OPEN_PATHS = ("/gradio_api/startup-events", "/health")
 TABS: dict[str, Callable[[Lane], Any]] = {
     "Create": create,
+    "Vary": vary,
+    "Grid": grid,
+    "Restore": restore,
     "Fine-tune": finetune,
     "Batch": batch,
 }

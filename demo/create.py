@@ -60,6 +60,7 @@ def create(lane: Lane) -> None:
         tab.fail, None, seen, **quiet
     )
     page = gr.context.Context.root_block
+    assert page is not None  # tabs are laid out inside one
     page.load(None, None, at.ticket, js=TICKET, **quiet).then(
         tab.rejoin, at.ticket, [*seen, *settings, at.count], **quiet
     ).success(tab.draw, at.ticket, [*seen, at.last], **watch).failure(tab.fail, None, seen, **quiet)

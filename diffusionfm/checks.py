@@ -14,6 +14,7 @@ from typing import Any
 
 STEPS = (1, 500)
 GUIDANCE = (0.0, 50.0)
+STRENGTH = (0.01, 1.0)
 SIZE = (32, 1024)
 SIZE_MULTIPLE = 16
 SEED = (0, 2**63 - 1)
@@ -102,8 +103,9 @@ def check_settings(
     height: Any = None,
     width: Any = None,
     num_images: Any = None,
+    strength: Any = None,
 ) -> None:
-    """Check the settings that are not None: steps, guidance, size and the number of pictures."""
+    """Check the settings that are not None: steps, guidance, size, the number of pictures and strength."""
     if steps is not None:
         _whole("steps", steps, *STEPS)
     if num_images is not None:
@@ -112,6 +114,12 @@ def check_settings(
         number = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
         if not number or not math.isfinite(guidance) or not GUIDANCE[0] <= guidance <= GUIDANCE[1]:
             raise ValueError(f"guidance must be a number from 0 to 50, got {guidance!r}")
+    if strength is not None:
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not STRENGTH[0] <= strength <= STRENGTH[1]:
+            raise ValueError(
+                f"strength must be a number from {STRENGTH[0]} to {STRENGTH[1]:g}, got {strength!r}"
+            )
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue

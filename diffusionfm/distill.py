@@ -114,7 +114,7 @@ class Strides(FlowMatching):
 
     def __init__(self, pipe: DiffusionFMPipeline, strides: int, rank: int, seed: int = 0):
         super().__init__(pipe.transformer.requires_grad_(False), pipe.text_encoder, pipe.tokenizer)
-        self.times = flow.grid(strides, pipe.defaults["shift"])  # type: ignore[assignment]
+        self.cuts = flow.grid(strides, pipe.defaults["shift"])
         self.config = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=TARGETS, base_model_name_or_path=pipe.model_name
         )
@@ -135,10 +135,10 @@ class Strides(FlowMatching):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch as of `collate_strides`; the mean squared error of the velocity along the stride, also by stride."""
         here, there, stride = batch["from"], batch["to"], batch["stride"]
-        times = self.times.to(here.device)
+        times = self.cuts.to(here.device)
         t, until = times[stride], times[stride + 1]
-        self.shapes = here.shape[1:], torch.Size([self.text_multiple, self.text_encoder.config.hidden_size])
         text, mask = self.read(batch["caption"])
+        self.shapes = here.shape[1:], text.shape[1:]
         v = self.denoiser(here, t, text, mask).float()
         wanted = (there - here) / (until - t)[:, None, None, None]
         error = (v - wanted).square().mean(dim=(1, 2, 3))
@@ -157,7 +157,7 @@ class Strides(FlowMatching):
         write_json(
             place / lora.CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
         )
-        write_json(place / "generation.json", {"steps": len(self.times) - 1, "guidance": 1.0})
+        write_json(place / "generation.json", {"steps": len(self.cuts) - 1, "guidance": 1.0})
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -84,15 +84,20 @@ def sample_times(
     return shift_time(t, shift).float()
 
 
-def grid(steps: int, shift: float = 1.0) -> Tensor:
-    """The sampling times: (steps + 1,) float32 falling from 1 to 0.
+def grid(steps: int, shift: float = 1.0, strength: float = 1.0) -> Tensor:
+    """The sampling times: (n + 1,) float32 falling to 0, from 1 where strength is 1, in n = steps steps.
 
-    They equal the sigmas of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after
+    strength in (0, 1]: the share of the way from noise that is gone, for a picture that noise covers in part
+    (SDEdit, arXiv:2108.01073), in as large a share of the steps, rounded up. The whole grid equals the sigmas of
+    diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` after
     `set_timesteps(sigmas=linspace(1, 1 / steps, steps))`.
     """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, got {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
+    n = math.ceil(round(steps * strength, 6))
+    return shift_time(torch.linspace(strength, 0, n + 1, dtype=torch.float64), shift).float()
 
 
 # ---- guidance --------------------------------------------------------------------------------------------
@@ -110,6 +115,22 @@ def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] =
     """The scale at time t: `scale` inside the interval, 1 (off) outside (arXiv:2404.07724)."""
     low, high = interval
     return scale if low <= float(t) <= high else 1.0
+
+
+# ---- known parts -----------------------------------------------------------------------------------------
+
+
+def held(velocity_fn: VelocityFn, known: Tensor, free: Tensor) -> VelocityFn:
+    """The field where `free` is 1, and the velocity `known` where it is 0: inpainting.
+
+    The path of what is known is the straight line v = e - x0, so a sampler that set out on it stays on it, and what
+    is drawn beside it sees at every time what training showed: known parts under as much noise as the rest.
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(known, velocity_fn(x, t), free)
+
+    return velocity
 
 
 # ---- samplers --------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ PARAMETERS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "steps": int,
     "guidance": (int, float),
+    "strength": (int, float),
     "width": int,
     "height": int,
     "model": str,
@@ -30,6 +31,7 @@ PARAMETERS: dict[str, type | tuple[type, ...]] = {
 }
 ImageDescription = 0x010E  # of EXIF
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+EDITED_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 MAX_TEXT = 2**20
 MAX_PIXELS = 2**28
 _RDF = """<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -45,6 +47,7 @@ _A1111 = {
     "CFG scale": ("guidance", float),
     "Seed": ("seed", int),
     "Model": ("model", str),
+    "Denoising strength": ("strength", float),
 }
 
 
@@ -84,7 +87,8 @@ def encode_png(image: Image.Image, parameters: dict[str, Any] | None = None) -> 
     """PNG bytes, the same for the same picture and parameters; with None no text is left in the file.
 
     Parameters go in three dialects: JSON under "diffusionfm", an A1111 "parameters" text, and an XMP
-    packet with IPTC's digitalSourceType trainedAlgorithmicMedia.
+    packet with IPTC's digitalSourceType trainedAlgorithmicMedia, compositeWithTrainedAlgorithmicMedia where a
+    strength tells that it was drawn from another picture.
     """
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
@@ -126,7 +130,8 @@ def _json(parameters: dict[str, Any]) -> str:
 def provenance(parameters: dict[str, Any]) -> str:
     """RDF as XMP has it: that the picture is of a trained model, and of which tool."""
     tool = f"DiffusionFM {parameters.get('version', '')}".strip()
-    return _RDF.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
+    source = EDITED_TYPE if "strength" in parameters else SOURCE_TYPE
+    return _RDF.format(source=source, tool=escape(tool, {'"': "&quot;"}))
 
 
 def _xmp(parameters: dict[str, Any]) -> str:

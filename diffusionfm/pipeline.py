@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -35,8 +36,10 @@ from diffusionfm.checks import (
     read_json,
     write_checksums,
 )
+from diffusionfm.edit import Start, cells, start_from
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
-from diffusionfm.images import write_atomic
+from diffusionfm.images import on_background, write_atomic
+from diffusionfm.inputs import Source
 from diffusionfm.text import encode_prompts, truncated_words
 from diffusionfm.vocabulary import FILE, Vocabulary
 
@@ -194,7 +197,10 @@ class DiffusionFMPipeline(DiffusionPipeline):
         return digest.hexdigest()[:12]
 
     def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What the file of a picture says of how it was made; settings: negative_prompt, steps, guidance and size."""
+        """What the file of a picture says of how it was made.
+
+        settings: negative_prompt, steps, guidance, size, and strength where it was drawn from a picture.
+        """
         said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
         said["guidance"] = float(said["guidance"])
         if self.loras:
@@ -217,6 +223,9 @@ class DiffusionFMPipeline(DiffusionPipeline):
         on_step: OnStep | None = None,
         batch_size: int | None = None,
         words: dict[str, Tensor] | None = None,
+        image: Source | None = None,
+        mask_image: Source | None = None,
+        strength: float | None = None,
     ) -> Pictures:
         """Draw `num_images` pictures of every prompt, prompt by prompt.
 
@@ -227,20 +236,31 @@ class DiffusionFMPipeline(DiffusionPipeline):
         on_step(step, total, preview): called after each step, with step and total counted over all batches;
         preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
         batch_size: pictures in a network call. words: encoded prompts, for calls to share.
+        image: a picture to set out from, in place of noise alone; the prompt may then be "". strength: how far to
+        leave it, 0.01-1. mask_image: white where to draw anew; the rest stays as it is (`edit.start_from` says more).
         Raises ValueError, before any work, for what cannot
         be drawn, and FloatingPointError when the model's numbers overflow.
         """
         settings = self.settings(num_inference_steps, guidance_scale, height, width)
         check_settings(num_images=num_images)
         check_settings(num_images=batch_size)
-        tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
+        if image is None and (mask_image is not None or strength is not None):
+            raise ValueError("a mask or a strength needs a picture to set out from: give image")
+        start = None
+        if image is not None:
+            start = start_from(image, settings["width"], settings["height"], strength, mask_image)
+        tasks = plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
         result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
         words = {} if words is None else words
+        times = flow.grid(settings["steps"], self.defaults["shift"], start.strength if start else 1.0)
+        steps = len(times) - 1
         for number, group in enumerate(groups):
-            hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
-            result.images += self._draw(group, words, hook, **settings)
+            hook = _Progress(self, on_step, number * steps, len(groups) * steps, times)
+            result.images += self._draw(
+                group, words, hook, settings["guidance"], settings["height"], settings["width"], start
+            )
         return result
 
     def settings(
@@ -264,16 +284,39 @@ class DiffusionFMPipeline(DiffusionPipeline):
         tasks: list[Task],
         words: dict[str, Tensor],
         hook: _Progress,
-        *,
-        steps: int,
         guidance: float,
         height: int,
         width: int,
+        start: Start | None,
     ) -> list[Image.Image]:
         velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
-        times = flow.grid(steps, self.defaults["shift"])
-        x = self.noise([task.seed for task in tasks], height, width).to(self.device)
-        return self.finish(flow.euler(velocity, x, times, on_step=hook.bind(times)))
+        x, held = self.begin([task.seed for task in tasks], height, width, hook.times[0], start)
+        if held is not None:
+            velocity = flow.held(velocity, *held)
+        return self.finish(flow.euler(velocity, x, hook.times, on_step=hook.bind()), start)
+
+    def begin(
+        self, seeds: Sequence[int], height: int, width: int, t: Tensor, start: Start | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Where pictures of these seeds are at the first time t: x (b, c, y, x), and what `flow.held` takes of a mask.
+
+        That is noise, and with a start the picture's latent with noise over it.
+        """
+        noise = self.noise(seeds, height, width).to(self.device)
+        if start is None:
+            return noise, None
+        latent = self.encode(start.picture)
+        x = flow.interpolate(latent, noise, t)
+        if start.mask is None:
+            return x, None
+        free = torch.from_numpy(cells(start.mask, self.vae.downsample)).to(self.device)
+        return x, (flow.velocity(latent, noise), free.expand_as(noise))
+
+    def encode(self, image: Image.Image) -> Tensor:
+        """The latent (1, c, y, x) of an RGBA picture; a model without alpha sees it on white."""
+        seen = image if self.vae.channels == 4 else on_background(image, "#ffffff")
+        pixels = torch.from_numpy(np.asarray(seen).copy()).to(self.device).permute(2, 0, 1)[None]
+        return self.vae.encode(pixels.float() / 255).float()
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
@@ -282,13 +325,17 @@ class DiffusionFMPipeline(DiffusionPipeline):
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
 
-    def finish(self, latents: Tensor) -> list[Image.Image]:
-        """Latents at the end of their path to pictures; FloatingPointError where the numbers overflowed."""
+    def finish(self, latents: Tensor, start: Start | None = None) -> list[Image.Image]:
+        """Latents at the end of their path to pictures, joined to what a mask kept of the start.
+
+        FloatingPointError where the numbers overflowed.
+        """
         if not bool(torch.isfinite(latents).all()):
             raise FloatingPointError(
                 "the model gave numbers that are not finite: use --dtype float32, or a sound model"
             )
-        return self.decode(latents)
+        drawn = self.decode(latents)
+        return drawn if start is None else [start.merge(image) for image in drawn]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
@@ -303,8 +350,11 @@ class DiffusionFMPipeline(DiffusionPipeline):
 
         scales: the guidance of each. words: features by prompt, filled as prompts are met. One network call holds
         the rows with the prompt, then those with the negative; guidance 1 does without the latter, 0 without the
-        former. What attention reads of a prompt is computed once here, however many rows have it.
+        former. A prompt that is the negative one has no use for guidance. What attention reads of a prompt is computed
+        once here, however many rows have it.
         """
+        same = [task.prompt == task.negative for task in tasks]
+        scales = [1.0 if alike else scale for alike, scale in zip(same, scales, strict=True)]
         cond = [k for k, scale in enumerate(scales) if scale != 0]
         uncond = [k for k, scale in enumerate(scales) if scale != 1]
         prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
@@ -371,11 +421,12 @@ class _Progress:
     on_step: OnStep | None
     done: int
     total: int
+    times: Tensor
 
-    def bind(self, times: Tensor) -> flow.OnStep | None:
+    def bind(self) -> flow.OnStep | None:
         if self.on_step is None:
             return None
-        on_step = self.on_step
+        on_step, times = self.on_step, self.times
 
         def report(step: int, _: int, x: Tensor, v: Tensor) -> None:
             def preview() -> list[Image.Image]:
@@ -393,8 +444,12 @@ def plan_tasks(
     negative: str | Sequence[str] | None,
     seed: int | Sequence[int],
     num_images: int,
+    silent: bool = False,
 ) -> list[Task]:
-    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn."""
+    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn.
+
+    silent: whether a prompt may be "", as it may where there is a picture to set out from.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("the list of prompts is empty: give at least one")
@@ -402,7 +457,7 @@ def plan_tasks(
     seeds = _each(seed, "seeds", len(prompts))
     return [
         Task(
-            check_prompt(words),
+            "" if silent and words == "" else check_prompt(words),
             check_prompt(avoid or "", "negative_prompt"),
             check_seed(start, num_images) + k,
         )

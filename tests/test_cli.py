@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusionfm.cli import build_parser, main, output_files
 from diffusionfm.images import read_parameters
+from diffusionfm.inputs import contain, open_picture
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +36,47 @@ def test_generate_writes_the_picture(tiny_model, tmp_path, capsys):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "new" / "apple.png").read_bytes()
     assert main([*command, "-o", str(tmp_path / "bare.png"), "--no-metadata"]) == 0
     assert read_parameters(tmp_path / "bare.png") == {}
+
+
+def test_generate_from_a_picture_and_under_a_mask(tiny_model, tmp_path, capsys):
+    command = ["generate", "yellow star", "--model", str(tiny_model), "--device", "cpu", "--quiet"]
+    photo, mask = Image.effect_noise((90, 60), 80), Image.new("L", (90, 60))
+    photo.save(tmp_path / "photo.jpg")
+    mask.paste(255, (30, 20, 60, 40))
+    mask.save(tmp_path / "mask.png")
+    image = ["--image", str(tmp_path / "photo.jpg"), "-o"]
+    drawn = {}
+    for name, more in {
+        "a": [],
+        "b": ["--strength", "0.9"],
+        "c": ["--mask", str(tmp_path / "mask.png")],
+    }.items():
+        assert main([*command, *image, str(tmp_path / f"{name}.png"), *more]) == 0
+        drawn[name] = read_parameters(tmp_path / f"{name}.png")["strength"]
+    assert drawn == {"a": 0.8, "b": 0.9, "c": 1.0}
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in drawn}) == 3
+    fitted = contain(open_picture(tmp_path / "photo.jpg"), 32, 32)
+    with Image.open(tmp_path / "c.png") as image_c:
+        assert image_c.crop((0, 0, 10, 32)).tobytes() == fitted.crop((0, 0, 10, 32)).tobytes()
+        assert image_c.tobytes() != fitted.tobytes()
+    assert main([*command[:1], "", *command[2:], *image, str(tmp_path / "d.png")]) == 0
+    assert "prompt" not in read_parameters(tmp_path / "d.png")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--strength", "0.5"], "give --image FILE"),
+        (["--mask", "m.png"], "give --image FILE"),
+        (["--image", "gone.png"], "gone.png"),
+        (["--image", __file__], "the picture of --image cannot be read"),
+        (["--image", __file__, "--strength", "2"], "strength must be a number from 0.01 to 1"),
+    ],
+)
+def test_bad_pictures_to_set_out_from_are_told_in_a_line(more, words, capsys):
+    assert main(["generate", "yellow star", *more]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 def test_several_and_json(tiny_model, tmp_path, capsys):

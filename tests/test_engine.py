@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -11,7 +12,9 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from diffusionfm.edit import start_from
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, Limits, QueueFull, Request
@@ -57,6 +60,9 @@ def all_near(some, others) -> bool:
 # ------------------------------------------------------------------ pictures
 
 
+APPLE = Image.radial_gradient("L").resize((32, 32)).convert("RGBA")
+HALF = Image.new("L", (32, 32))
+HALF.paste(255, (16, 0, 32, 32))
 MIXED = [
     Request("a red apple", seed=5, num_images=2, steps=9),
     Request("yellow star, naïve, sketch of a house", "a blue fish", seed=7, steps=4, guidance=6.0),
@@ -64,6 +70,9 @@ MIXED = [
     Request("fish", seed=3, steps=5, guidance=0.0),
     Request("a smiling face on white", "white", seed=8, steps=3, guidance=0.4),
     Request("a red apple", seed=6, steps=7, width=48),
+    Request("yellow star", seed=9, steps=8, num_images=2, start=start_from(APPLE, 32, 32, 0.5)),
+    Request("fish", seed=9, steps=8, start=start_from(APPLE, 32, 32, 0.8, HALF)),
+    Request("", seed=1, steps=5, start=start_from(APPLE, 32, 32, 0.6)),
 ]
 
 
@@ -77,6 +86,9 @@ def alone(pipe, request: Request):
         guidance_scale=request.guidance,
         height=request.height,
         width=request.width,
+        image=request.start and request.start.picture,
+        mask_image=request.start and request.start.mask,
+        strength=request.start and request.start.strength,
     )
 
 
@@ -88,9 +100,12 @@ def test_pictures_that_share_calls_are_those_drawn_alone(pipe, tiny_pipe):
         rest = [engine.submit(request, client=str(k)) for k, request in enumerate(MIXED[1:])]
         gate.opened.set()
         drawn = [future.result(60) for future in [first, *rest]]
-        steps = sum(request.steps * request.num_images for request in MIXED)
+        steps = sum(
+            math.ceil(request.steps * (request.start.strength if request.start else 1)) * request.num_images
+            for request in MIXED
+        )
         assert engine.counts.steps == steps and engine.counts.calls < steps / 2  # they did share
-        assert engine.waiting == 0 and engine.counts.pictures == 7
+        assert engine.waiting == 0 and engine.counts.pictures == 11
     for request, pictures in zip(MIXED, drawn, strict=True):
         expected = alone(tiny_pipe, request)
         assert pictures.seeds == expected.seeds and not pictures.warnings

@@ -13,11 +13,11 @@ from diffusionfm.data.folder import (
     held_out_captions,
     pack_folder,
     preflight,
-    read_picture,
     square,
 )
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.report import verify_shards
+from diffusionfm.inputs import read_picture
 
 
 def picture(seed: int, size=(12, 8), mode="RGB") -> Image.Image:

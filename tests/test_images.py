@@ -158,3 +158,11 @@ def test_contact_sheet(picture):
         contact_sheet([picture], ["a", "b"])
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([])
+
+
+def test_a_picture_drawn_from_another_says_so(picture):
+    buffer = io.BytesIO(encode_png(picture, PARAMETERS | {"strength": 0.5}))
+    with Image.open(buffer) as image:
+        assert "/compositeWithTrainedAlgorithmicMedia" in image.info["XML:com.adobe.xmp"]
+        assert parse_a1111(image.info["parameters"])["strength"] == 0.5
+    assert read_parameters(buffer)["strength"] == 0.5

@@ -32,6 +32,10 @@ PIECES = {
     "config",
     "colors",
     "images",
+    "inputs",
+    "phrasing",
+    "sheets",
+    "edit",
     "formats",
     "checks",
     "features",
@@ -39,7 +43,6 @@ PIECES = {
     "cost",
     "gpus",
     "outlines",
-    "phrasing",
     "vocabulary",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}

@@ -24,7 +24,7 @@ class DistillConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: str | None = None
     paths: str = "runs/icons/paths"
-    rank: int = 6
+    rank: int = 5
     prompts: list[str] = field(default_factory=lambda: ["a red heart", "a cat", "a rocket", "two stars"])
 
 

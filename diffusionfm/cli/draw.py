@@ -24,17 +24,21 @@ from diffusionfm.cli.parts import (
     load_loras,
     safety_of,
 )
+from diffusionfm.edit import default_strength
 from diffusionfm.formats import FORMATS, Finish, pick_format
 from diffusionfm.images import write_atomic
+from diffusionfm.inputs import open_picture
 from diffusionfm.lora import parse_lora
 
 
 def generate(args: argparse.Namespace) -> int:
     """`diffusionfm generate`."""
     start = time.monotonic()
-    check_prompt(args.prompt)
+    if args.prompt or args.image is None:
+        check_prompt(args.prompt)
     check_prompt(args.negative, "negative_prompt")
     check_seed(args.seed, args.n)
+    _check_start(args)
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)
     files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
     pipe = load_pipeline(args)
@@ -50,6 +54,9 @@ def generate(args: argparse.Namespace) -> int:
             width=args.width,
             height=args.height,
             on_step=on_step,
+            image=args.image,
+            mask_image=args.mask,
+            strength=args.strength,
         )
     settings = _settings(args, pipe)
     for file, image, seed in zip(files, result.images, result.seeds, strict=True):
@@ -74,6 +81,20 @@ def generate(args: argparse.Namespace) -> int:
         for file, seed in zip(files, result.seeds, strict=True):
             print(f"{file}  (seed {seed})")
     return 0
+
+
+def _check_start(args: argparse.Namespace) -> None:
+    """Open --image and --mask and fill in --strength, so that bad ones are told before a model is loaded."""
+    if args.image is None:
+        if args.mask is not None or args.strength is not None:
+            raise ValueError("--mask and --strength need a picture to set out from: give --image FILE")
+        return
+    check_settings(strength=args.strength)
+    if args.strength is None:
+        args.strength = default_strength(args.mask is not None)
+    args.image = open_picture(args.image, "the picture of --image")
+    if args.mask is not None:
+        args.mask = open_picture(args.mask, "the mask")
 
 
 def output_files(output: str | None, prompt: str, seed: int, count: int, suffix: str = ".png") -> list[Path]:
@@ -111,6 +132,8 @@ def writable(folder: Path) -> None:
 def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     chosen = {key: getattr(args, key) for key in ("steps", "guidance", "width", "height")}
     settings = {key: pipe.defaults[key] if value is None else value for key, value in chosen.items()}
+    if args.image is not None:
+        settings["strength"] = args.strength
     return {**settings, "negative_prompt": args.negative}
 
 
@@ -177,6 +200,7 @@ def add_generate(commands: Any) -> None:
         'generate "a red apple" -o apple.png --seed 7',
         'generate "a smiling cat, sticker" --n 4 -o cat.png        # cat-1.png to cat-4.png, seeds 0 to 3',
         'generate "a rocket icon" -o rocket.svg',
+        'generate "a green apple" --image apple.png --strength 0.6',
         'generate "a house" --lora my-style:0.8 --background "sky blue" --size 512 --json',
     )
     command.add_argument("prompt", help="what to draw")
@@ -188,6 +212,22 @@ def add_generate(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="picture k of --n uses seed + k (default 0)")
     command.add_argument("--n", type=int, default=1, help="how many pictures, 1 to 1000 (default 1)")
+    command.add_argument(
+        "--image",
+        metavar="FILE",
+        help='a picture to set out from, fitted to the size; the prompt may then be ""',
+    )
+    command.add_argument(
+        "--strength",
+        type=float,
+        help="how far to leave --image, 0.01 to 1 "
+        f"(default {default_strength(False)}; {default_strength(True)} with --mask)",
+    )
+    command.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="as large as --image: white where to draw anew; elsewhere not a bit of the fitted picture changes",
+    )
     add_settings(command)
 
 

@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusionfm.data import captions as caption_sources
 from diffusionfm.data.icons.sources import share
 from diffusionfm.data.preflight import SHOWN, Preflight, Usable, examine, other_files
-from diffusionfm.data.reader import DECODE_ERRORS, MAX_PIXELS, to_rgba
 from diffusionfm.data.shards import ShardWriter
+from diffusionfm.inputs import DECODE_ERRORS, contain, read_picture
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 NOTES = {".txt", ".jsonl", ".csv", ".md"}  # files beside pictures that nobody misses
 
 Progress = Callable[[int, int], None]
@@ -143,27 +142,9 @@ def held_out_captions(captions: Sequence[str], fraction: float) -> set[str]:
     return {caption for _, caption in places[: min(count, len(places) - 1)]} if fraction else set()
 
 
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """RGBA picture of a file (PNG, JPEG, WebP, GIF's first frame, BMP, TIFF), turned upright by its EXIF.
-
-    Raises one of DECODE_ERRORS when it cannot be decoded or has more than 64 Mpixel."""
-    with Image.open(path, formats=list(FORMATS)) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width}x{picture.height} is more than {MAX_PIXELS // 2**20} Mpixel")
-        return to_rgba(ImageOps.exif_transpose(picture))
-
-
 def square(picture: Image.Image, size: int) -> Image.Image:
-    """An RGBA picture scaled to fit a transparent size x size canvas, centred.
-
-    Lanczos over premultiplied colour (Pillow's `resize` premultiplies RGBA), so no dark fringes appear."""
-    scale = size / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    canvas = Image.new("RGBA", (size, size), (0, 0, 0, 0))
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    canvas.paste(picture, ((size - width) // 2, (size - height) // 2))
-    return canvas
+    """An RGBA picture scaled to fit a transparent size x size canvas, centred."""
+    return contain(picture, size, size)
 
 
 def hidden(path: Path) -> bool:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,16 +18,15 @@ from PIL import Image
 
 from diffusionfm.data.index import manifest, tar_members
 from diffusionfm.data.shards import SIZE_COLUMNS, TEXT_COLUMNS, shard_paths
+from diffusionfm.inputs import DECODE_ERRORS, MAX_PIXELS, to_rgba
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 FORMATS = ("WEBP", "PNG", "JPEG")
 EXTENSIONS = {*PICTURES, "txt", "json", "safetensors"}
-MAX_PIXELS = 64 * 2**20
 MAX_MEMBER = 2**28  # bytes; a larger member is no picture and no caption
 MAX_OPEN = 256  # files kept open a process
 HEAD = 2**16  # bytes in which a picture's size is looked for first
 Members = dict[str, tuple[int, int]]  # extension -> (offset, size)
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class BadSample(ValueError):
@@ -337,16 +335,6 @@ def open_picture(data: bytes) -> Image.Image:
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"{picture.width}x{picture.height} pixels, more than {MAX_PIXELS // 2**20} Mpixel")
     return picture
-
-
-def to_rgba(picture: Image.Image) -> Image.Image:
-    """Any mode to RGBA, decoded; 16-bit grey is scaled, not clipped."""
-    if picture.mode.startswith("I"):
-        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
-    if picture.mode == "RGBA":
-        picture.load()  # `convert` would copy what is right already
-        return picture
-    return picture.convert("RGBA")
 
 
 def _paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:

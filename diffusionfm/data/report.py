@@ -14,8 +14,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusionfm.data.order import Order
-from diffusionfm.data.reader import DECODE_ERRORS, PICTURES, BadSample, ShardDataset, decode_picture
+from diffusionfm.data.reader import PICTURES, BadSample, ShardDataset, decode_picture
 from diffusionfm.data.shards import shard_paths
+from diffusionfm.inputs import DECODE_ERRORS
 from diffusionfm.vocabulary import learned_words
 
 COUNTED = ("source", "licence", "style", "palette", "split", "background")

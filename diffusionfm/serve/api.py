@@ -1,4 +1,6 @@
-"""The HTTP API, compatible with OpenAI's: POST /v1/images/generations, GET /v1/models, /health and /metrics.
+"""The HTTP API, compatible with OpenAI's: POST /v1/images/generations, /edits and /variations, GET /v1/models.
+
+/health and /metrics are for who runs it.
 
 Nothing is stored: a picture goes to who asked for it and to nobody else, and no value of a request names a file.
 """
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -22,19 +26,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from diffusionfm import __version__
-from diffusionfm.images import encode_png
+from diffusionfm.images import encode_png, read_parameters
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.forms import Form, read_form, read_start, within
 from diffusionfm.serve.jobs import Closed, QueueFull
 from diffusionfm.serve.logs import say
 from diffusionfm.serve.metrics import Metrics
-from diffusionfm.serve.params import Asked, parse
-from diffusionfm.serve.refusal import Refusal
+from diffusionfm.serve.params import STARTING, Asked, parse
+from diffusionfm.serve.refusal import GONE, Refusal
 
 MAX_BODY = 256 * 1024  # two prompts of the longest, every letter escaped
 BODY_SECONDS = 10.0
-GONE = 499  # nginx's word for a client that closed the connection
 
 Handler = Callable[[Request, str, dict[str, Any]], Awaitable[Response]]
 
@@ -51,6 +55,8 @@ class Service:
         """To mount in an app: each refuses, answers, counts and logs by itself."""
         return [
             self._route("/v1/images/generations", self.generate, "POST"),
+            self._route("/v1/images/edits", self.edit, "POST"),
+            self._route("/v1/images/variations", self.vary, "POST"),
             self._route("/v1/models", self.models),
             self._route("/v1/models/{name}", self.model),
             self._route("/health", self.health, open_to_all=True),
@@ -85,10 +91,39 @@ class Service:
 
     async def generate(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
         """Draw. The answer holds base64 PNGs and their seeds; who hangs up is drawn for no longer."""
+        self._count(caller)
+        asked = parse(await read_body(request), self.engine.pipe)
+        return await self._answered(request, caller, facts, asked)
+
+    async def edit(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """Draw from an uploaded picture, all of it or where a mask is transparent; answers as `generate`."""
+        self._count(caller)
+        form = await read_form(request)
+        asked = parse(form.fields, self.engine.pipe, STARTING)
+        return await self._answered(request, caller, facts, await self._from(form, asked))
+
+    async def vary(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """Draw others like an uploaded picture; a prompt is that of the picture's file where none is sent."""
+        self._count(caller)
+        form = await read_form(request)
+        if "mask" in form.files:
+            raise Refusal(400, "variations take no mask: use /v1/images/edits", "mask")
+        form.fields.setdefault("prompt", await asyncio.to_thread(prompt_in, form.files.get("image", b"")))
+        asked = parse(form.fields, self.engine.pipe, STARTING)
+        return await self._answered(request, caller, facts, await self._from(form, asked))
+
+    async def _from(self, form: Form, asked: Asked) -> Asked:
+        """What was asked for, with the picture of the form to set out from, decoded beside the event loop."""
+        chosen = self.engine.pipe.settings(height=asked.request.height, width=asked.request.width)
+        start = await asyncio.to_thread(read_start, form, chosen["width"], chosen["height"])
+        return replace(asked, request=replace(asked.request, start=start))
+
+    def _count(self, caller: str) -> None:
         if wait := self.access.rate.take(caller):
             raise Refusal(429, "too many requests: slow down", retry_after=wait)
+
+    async def _answered(self, request: Request, caller: str, facts: dict[str, Any], asked: Asked) -> Response:
         began = time.monotonic()
-        asked = parse(await read_body(request), self.engine.pipe)
         facts |= {"pictures": asked.request.num_images}
         if self.log_prompts:
             facts |= {"prompt": asked.request.prompt, "negative_prompt": asked.request.negative_prompt}
@@ -158,6 +193,8 @@ class Service:
         }
         if request.loras:
             common["lora"] = [f"{name}:{scale:g}" for name, scale in request.loras]
+        if request.start is not None:
+            common["strength"] = request.start.strength
         data, warnings = [], list(pictures.warnings)
         for image, seed in zip(pictures.images, pictures.seeds, strict=True):
             if asked.background == "transparent" and image.getchannel("A").getextrema() == (255, 255):
@@ -226,7 +263,7 @@ async def read_body(request: Request) -> dict[str, Any]:
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in _within(request, int(length) if length.isdigit() else 0):
+            async for chunk in within(request, int(length) if length.isdigit() else 0, MAX_BODY):
                 data += chunk
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from error
@@ -241,17 +278,12 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _within(request: Request, announced: int) -> Any:
-    size = announced
-    if size <= MAX_BODY:
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > MAX_BODY:
-                break
-            yield chunk
-    if size > MAX_BODY:
-        raise Refusal(413, f"the body is over {MAX_BODY // 1024} KiB: shorten it")
+def prompt_in(data: bytes) -> str:
+    """The prompt that a PNG or WebP file tells of itself, "" where it tells none."""
+    try:
+        return str(read_parameters(io.BytesIO(data)).get("prompt", ""))
+    except ValueError:
+        return ""  # a picture of another format has none; whether it can be drawn from is asked elsewhere
 
 
 def _no_constant(name: str) -> float:

@@ -147,8 +147,20 @@ class Engine:
         """The job of a request; ValueError for what cannot be drawn."""
         check_settings(num_images=request.num_images)
         found = self.pipe.settings(request.steps, request.guidance, request.height, request.width)
-        tasks = plan_tasks(request.prompt, request.negative_prompt, request.seed, request.num_images)
-        work = found["height"] * found["width"] * found["steps"] * len(tasks)
+        start, size = request.start, (found["width"], found["height"])
+        if start is not None and start.picture.size != size:
+            raise ValueError(
+                f"the picture to set out from must be {size[0]} x {size[1]} pixels: fit it first"
+            )
+        tasks = plan_tasks(
+            request.prompt,
+            request.negative_prompt,
+            request.seed,
+            request.num_images,
+            silent=start is not None,
+        )
+        times = flow.grid(found["steps"], self.pipe.defaults["shift"], start.strength if start else 1.0)
+        work = found["height"] * found["width"] * (len(times) - 1) * len(tasks)
         if work > self._most_work:
             raise ValueError(
                 f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
@@ -159,9 +171,8 @@ class Engine:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
         flagged = self.safety.check(request.prompt)
-        times = flow.grid(found["steps"], self.pipe.defaults["shift"])
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
-        job = Job(client, float(found["guidance"]), times, group, on_step)
+        job = Job(client, float(found["guidance"]), times, group, on_step, start)
         job.flagged = flagged
         job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
         return job
@@ -288,6 +299,9 @@ class Engine:
             for k in (0, 1)
         )
         v = field(x, t)
+        for k, picture in enumerate(batch):
+            if picture.held is not None:
+                v[k] = torch.lerp(picture.held[0], v[k], picture.held[1])
         x = flow.advance(x, v, t, until)
         for picture, x_after, v_there in zip(batch, x, v, strict=True):
             picture.x, picture.v = x_after, v_there
@@ -302,7 +316,9 @@ class Engine:
             return field
         for picture in batch:
             if picture.x is None:
-                picture.x = self.pipe.noise([picture.task.seed], height, width)[0].to(self.pipe.device)
+                job = picture.job
+                x, held = self.pipe.begin([picture.task.seed], height, width, job.times[0], job.start)
+                picture.x, picture.held = x[0], held and (held[0][0], held[1][0])
         field = self.pipe.velocity(
             [picture.task for picture in batch],
             [picture.job.guidance for picture in batch],
@@ -365,9 +381,8 @@ class Engine:
 def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
     tasks = [picture.task for picture in job.pictures]
     loras = [name for name, _ in job.group[2]]
-    return Pictures(
-        pipe.finish(latents), [task.seed for task in tasks], pipe.advice(tasks, loras), job.flagged
-    )
+    drawn = pipe.finish(latents, job.start)
+    return Pictures(drawn, [task.seed for task in tasks], pipe.advice(tasks, loras), job.flagged)
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:

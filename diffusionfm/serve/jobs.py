@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffusionfm.edit import Start
 from diffusionfm.pipeline import OnStep, Pictures, Task
 from diffusionfm.serve.wardrobe import Loras
 
@@ -48,7 +49,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw: `DiffusionFMPipeline.__call__` says what the fields mean; None takes the model's own."""
+    """What to draw: `DiffusionFMPipeline.__call__` says what the fields mean; None takes the model's own.
+
+    start: a picture to set out from, made by `edit.start_from` at the size to draw.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -59,6 +63,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     loras: Loras = ()
+    start: Start | None = None
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Counts:
 
 @dataclass(eq=False)
 class Picture:
-    """A picture on its path from noise: x at times[step], and the velocity that led there."""
+    """A picture on its path from noise: x at times[step], the velocity that led there, and what a mask holds."""
 
     job: Job
     task: Task
@@ -82,6 +87,7 @@ class Picture:
     step: int = 0
     x: Tensor | None = None
     v: Tensor | None = None
+    held: tuple[Tensor, Tensor] | None = None  # the known velocity, and where the picture is free of it
 
     @property
     def done(self) -> bool:
@@ -97,6 +103,7 @@ class Job:
     times: Tensor
     group: Group
     on_step: OnStep | None
+    start: Start | None = None
     future: Future[Pictures] = field(default_factory=Future)
     pictures: list[Picture] = field(default_factory=list)
     flagged: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The body of POST /v1/images/generations, checked: OpenAI's parameters and our own beside them."""
+"""The parameters of POST /v1/images/generations and its sisters, checked: OpenAI's, and our own beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ MAX_N = 10
 BACKGROUNDS = ("transparent", "opaque", "auto")
 OURS = ("negative_prompt", "steps", "guidance", "seed", "lora", "metadata")
 KNOWN = ("prompt", "model", "n", "size", "response_format", "background", "output_format", "user", *OURS)
-WITHOUT_MEANING = ("moderation", "output_compression", "partial_images", "quality", "stream", "style")
+STARTING = ("strength",)
+"""Those that need a picture to set out from; beside one, a prompt may be ""."""
+WITHOUT_MEANING = (
+    "input_fidelity",
+    "moderation",
+    "output_compression",
+    "partial_images",
+    "quality",
+    "stream",
+    "style",
+)
 """OpenAI's parameters for which this model has no use: null, "auto" and false are accepted."""
 
 
@@ -32,9 +42,12 @@ class Asked:
     user: str
 
 
-def parse(body: dict[str, Any], pipe: DiffusionFMPipeline) -> Asked:
-    """The body's meaning. Raises Refusal, status 400 or 404, with the fix in it."""
-    _refuse_unknown(body)
+def parse(body: dict[str, Any], pipe: DiffusionFMPipeline, more: tuple[str, ...] = ()) -> Asked:
+    """The body's meaning. Raises Refusal, status 400 or 404, with the fix in it.
+
+    more: parameters that this endpoint has beside the others; `STARTING` where a picture was sent.
+    """
+    _refuse_unknown(body, (*KNOWN, *more))
     given = {key: value for key, value in body.items() if value is not None}
     if "prompt" not in given:
         raise Refusal(400, "the prompt is missing: say what to draw", "prompt")
@@ -46,7 +59,7 @@ def parse(body: dict[str, Any], pipe: DiffusionFMPipeline) -> Asked:
         raise Refusal(400, f"n must be a whole number from 1 to {MAX_N}, got {_short(n)}", "n")
     width, height = _size(given.get("size", "auto"))
     request = Request(
-        prompt=_checked("prompt", check_prompt, given["prompt"]),
+        prompt="" if more and given["prompt"] == "" else _checked("prompt", check_prompt, given["prompt"]),
         negative_prompt=_checked(
             "negative_prompt", check_prompt, given.get("negative_prompt", ""), "negative_prompt"
         ),
@@ -66,14 +79,14 @@ def parse(body: dict[str, Any], pipe: DiffusionFMPipeline) -> Asked:
     )
 
 
-def _refuse_unknown(body: dict[str, Any]) -> None:
+def _refuse_unknown(body: dict[str, Any], known: tuple[str, ...]) -> None:
     for key, value in body.items():
         if key in WITHOUT_MEANING:
             if value not in (None, "auto") and value is not False:
                 raise Refusal(400, f"{key} does nothing with this model: leave it out", key)
-        elif key not in KNOWN:
+        elif key not in known:
             name = _short(key)
-            raise Refusal(400, f"unknown parameter {name}: the parameters are {', '.join(KNOWN)}", key[:100])
+            raise Refusal(400, f"unknown parameter {name}: the parameters are {', '.join(known)}", key[:100])
 
 
 def _check_format(given: dict[str, Any]) -> None:

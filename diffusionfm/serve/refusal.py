@@ -6,6 +6,7 @@ import math
 
 from starlette.responses import JSONResponse
 
+GONE = 499  # nginx's word for a client that closed the connection
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
