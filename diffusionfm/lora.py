@@ -102,7 +102,9 @@ def _inject(network: Any, source: Path, name: str, settings: dict[str, Any], wei
     own = [
         key.partition(".lora_")[2] for key in result.missing_keys
     ]  # a layer may be called as the adapter is
-    missing = [key for key, end in zip(result.missing_keys, own, strict=True) if name in end.split(".")]
+    missing = [
+        key for key, end in zip(result.missing_keys, own, strict=True) if end.split(".")[1:2] == [name]
+    ]
     wrong = [*result.unexpected_keys, *missing]
     if wrong:
         raise ValueError(f"{source} does not fit this model ({wrong[0]}): use the model it was trained on")
