@@ -190,7 +190,7 @@ class Tab(RunTab):
     def _taken(self, run: Run) -> gr.File:
         """What was drawn, to take away: a zip, or the shards."""
         if run.facts["settings"]["to"] == "folder":
-            files = [run.folder / f"{run.key.rpartition('-')[0]}.zip"]
+            files = [run.folder / f"{run.slug}.zip"]
             _pack(run.out, files[0])
         else:
             names = ("*.tar", "*.parquet", "manifest.jsonl")

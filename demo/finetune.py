@@ -235,7 +235,7 @@ class Tab(RunTab):
 
 def _kohya(run: Run) -> Path:
     """The file for kohya's tools and ComfyUI."""
-    return run.folder / f"{run.key.rpartition('-')[0]}.safetensors"
+    return run.folder / f"{run.slug}.safetensors"
 
 
 def _pack(out: Path, target: Path) -> None:

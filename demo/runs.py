@@ -48,9 +48,14 @@ class Run:
         return self.folder.name
 
     @property
+    def slug(self) -> str:
+        """Its name for files."""
+        return self.key.rpartition("-")[0]
+
+    @property
     def out(self) -> Path:
-        """Where the command writes."""
-        return self.folder / "out"
+        """Where the command writes: a folder of the run's name, which an adapter takes from it."""
+        return self.folder / "made" / self.slug
 
     @property
     def facts(self) -> dict[str, Any]:

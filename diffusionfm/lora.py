@@ -99,7 +99,12 @@ def _inject(network: Any, source: Path, name: str, settings: dict[str, Any], wei
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
         inject_adapter_in_model(config, network, adapter_name=name)
     result: Any = set_peft_model_state_dict(network, weights, adapter_name=name)
-    missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    own = [
+        key.partition(".lora_")[2] for key in result.missing_keys
+    ]  # a layer may be called as the adapter is
+    missing = [
+        key for key, end in zip(result.missing_keys, own, strict=True) if end.split(".")[1:2] == [name]
+    ]
     wrong = [*result.unexpected_keys, *missing]
     if wrong:
         raise ValueError(f"{source} does not fit this model ({wrong[0]}): use the model it was trained on")

@@ -89,6 +89,14 @@ def test_one_that_tells_nothing_is_taken_with_a_word(made, other, tmp_path):
     assert "does not tell" in DiffusionFMPipeline.from_pretrained(other).load_lora(file)
 
 
+def test_an_adapter_may_be_called_as_a_layer_is(made, tiny_model, tmp_path):
+    for name in ("out", "blocks", "weight", "lora_A", "0"):
+        folder = shutil.copytree(made[0], tmp_path / name)
+        pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+        pipe.load_lora(folder)
+        assert list(pipe.loras) == [name]
+
+
 def test_on_the_command_line(made, other, tmp_path, capsys):
     command = [
         "generate",

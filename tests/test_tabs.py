@@ -196,7 +196,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     with zipfile.ZipFile(value(shown, rows.at.take)["value"][0]) as archive:
         found = [name for name in archive.namelist() if name.endswith(".png") and "sheets" not in name]
         with archive.open(found[0]) as file:
-            assert read_parameters(file)["lora"] == ["out:0.8"]
+            assert read_parameters(file)["lora"] == ["rings:0.8"]
         assert len(found) == 3 and any(name.endswith("manifest.jsonl") for name in archive.namelist())
     assert rows.open(YOU, batch_key)[rows.at.key] == ""
 
