@@ -324,13 +324,21 @@ def test_f3_a_forged_name_of_a_file_is_refused(studio, http, drawn, tmp_path):
     secret = tmp_path / "canary.png"
     secret.write_bytes(b"canary " * 9)
     before = set(folder_of(studio).rglob("*"))
-    for path in (str(secret), "/etc/passwd", app.__file__, "http://127.0.0.1:22/"):
+    reached.clear()
+    for path in (
+        str(secret),
+        "/etc/passwd",
+        app.__file__,
+        "http://127.0.0.1:22/",
+        "https://93.184.216.34/a.png",
+    ):
         forged = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
         for given in ([forged, None], [None, [forged]]):
             assert "event: error" in told(http, "probe", given), path
+    assert set(folder_of(studio).rglob("*")) == before
+    assert not [to for to in reached if "93.184" in to or "'127.0.0.1', 22" in to]
     mine = {"path": drawn, "meta": {"_type": "gradio.FileData"}}
     assert "event: complete" in told(http, "probe", [mine, None])  # so it was not for another reason
-    assert set(folder_of(studio).rglob("*")) == before
 
 
 def test_f4_pictures_have_names_nobody_guesses_and_no_list(studio, http, drawn):
