@@ -141,7 +141,11 @@ def test_u6_the_studio_shows_texts_as_texts():
     pytest.importorskip("gradio")
     from demo import cards
 
-    pages = [cards.header(BAD, [BAD]), cards.results(BAD, [png()], [7]), cards.note(BAD)]
+    pages = [
+        cards.header(BAD, [BAD]),
+        cards.results([png()], [{"prompt": BAD, "seed": 7}]),
+        cards.notes([BAD]),
+    ]
     for page in pages:
         found = Markup(page)
         assert not found.acts and "script" not in found.tags and BAD not in page

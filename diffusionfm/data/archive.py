@@ -43,14 +43,14 @@ def as_folder(data: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="diffusionfm-") as made:
         folder = Path(made).resolve()
         try:
-            yield unpack(path, folder)
+            yield unpack(path, folder, MAX_BYTES)
         except ValueError as error:
             if str(folder) not in str(error):
                 raise
             raise ValueError(str(error).replace(str(folder), str(path))) from error
 
 
-def unpack(path: Path, folder: Path, most: int = MAX_BYTES) -> Path:
+def unpack(path: Path, folder: Path, most: int) -> Path:
     """Unpack what is wanted into a new folder; returns the only folder that lies at the top of it, or else `folder`.
 
     most: bytes that all of it may come to. ValueError as of `as_folder`."""
