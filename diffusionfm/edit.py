@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from diffusionfm.checks import check_settings
 from diffusionfm.inputs import Source, contain, open_picture
+
+if TYPE_CHECKING:  # the commands import this file for their help
+    import numpy as np
 
 VARIATIONS = {"subtle": 0.7, "medium": 0.85, "strong": 0.95}
 FEATHER = 64  # the longer side over the width of a mask's soft edge
@@ -84,6 +87,8 @@ def _transparent(picture: Image.Image) -> Image.Image:
 
 def cells(mask: Image.Image, unit: int) -> np.ndarray:
     """The latent pixels, float32 (y, x), of `unit` pixels a side, that a mask sets free: 1 where it touches, else 0."""
+    import numpy as np
+
     free = np.asarray(mask) > 127
     y, x = (side // unit for side in free.shape)
     return np.asarray(free.reshape(y, unit, x, unit).any(axis=(1, 3)), dtype=np.float32)
@@ -95,6 +100,8 @@ def composite(kept: Image.Image, drawn: Image.Image, mask: Image.Image) -> Image
     Towards its edge the drawn part thins out, inside the mask only. Colours are mixed in proportion to alpha, so that
     no hidden colour shines through.
     """
+    import numpy as np
+
     weight = _soft(mask)[..., None]
     old, new = (np.asarray(picture, dtype=np.float32) for picture in (kept, drawn))
     old_share, new_share = (1 - weight) * old[..., 3:], weight * new[..., 3:]
@@ -107,6 +114,8 @@ def composite(kept: Image.Image, drawn: Image.Image, mask: Image.Image) -> Image
 
 def _soft(mask: Image.Image) -> np.ndarray:
     """The weight, float32 (y, x), of what is drawn: 0 outside the mask, rising to 1 over its first pixels inside."""
+    import numpy as np
+
     feather = max(1, round(max(mask.size) / FEATHER))
     layers = [mask]
     while len(layers) < feather:
