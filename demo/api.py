@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 
@@ -45,7 +47,8 @@ def generate_endpoint(lane: Lane) -> None:
             raise gr.Error(str(error)) from error
         files = []
         for data, number in zip(encode(lane.pipe, asked, result), result.seeds, strict=True):
-            path = save_bytes_to_cache(data, f"{number}.png", pictures.GRADIO_CACHE)
+            folder = f"{pictures.GRADIO_CACHE}/{uuid.uuid4().hex}"  # a name that tells nobody what was drawn before
+            path = save_bytes_to_cache(data, f"{number}.png", folder)
             pictures.temp_files.add(path)
             files.append((path, f"seed {number}"))
         return files, result.seeds

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
 from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
@@ -106,6 +107,13 @@ def seal() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="diffusionfm-studio-", dir=above)
     os.environ["FORWARDED_ALLOW_IPS"] = ""  # else who asks may say from which address
+    processing_utils.async_ssrf_protected_download = (
+        _fetch_nothing  # what Gradio gets an address with, as a "file"
+    )
+
+
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    raise ValueError("addresses are not fetched: upload the file")
 
 
 def build(engine: Engine) -> gr.Blocks:

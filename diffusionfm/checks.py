@@ -211,10 +211,7 @@ def _check_component(folder: Path, name: str) -> None:
         if not read_json_file.is_file():
             raise ValueError(f"{read_json_file} is missing: copy the model folder again")
         return
-    if "auto_map" in read_json(folder / "config.json"):
-        raise ValueError(
-            f"{folder}/config.json asks for remote code (auto_map), which never runs: remove that key"
-        )
+    refuse_code(folder / "config.json", read_json(folder / "config.json"))
     weights = folder / WEIGHTS[name]
     if not weights.is_file():
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
@@ -251,6 +248,19 @@ def check_checksums(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_code(path: Path, config: Any) -> None:
+    """ValueError for settings of a network, at any depth, that make a library fetch or run code.
+
+    Among them an attention implementation: its name may be that of a repository to download a kernel from.
+    """
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        kernel = "attn_implementation" in str(key) and value not in (None, "eager", "sdpa")
+        if kernel or key in ("auto_map", "trust_remote_code", "custom_pipelines"):
+            raise ValueError(f"{path} asks for remote code ({key}), which never runs: remove that key")
+        if isinstance(value, dict | list):
+            refuse_code(path, value)
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from diffusers.models.autoencoders import autoencoder_dc, autoencoder_kl
 from torch import Tensor
 
 from diffusionfm.autoencoder import AutoencoderKL
-from diffusionfm.checks import PICKLES, TEXT_MODELS, read_json
+from diffusionfm.checks import PICKLES, TEXT_MODELS, read_json, refuse_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -271,10 +271,7 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: no such folder; put the encoder there (nothing is downloaded), or name another"
         )
     config = read_json(folder / "config.json")
-    if "auto_map" in config:
-        raise ValueError(
-            f"{folder}/config.json asks for remote code (auto_map), which never runs: remove that key"
-        )
+    refuse_code(folder / "config.json", config)
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         fix = (

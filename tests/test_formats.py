@@ -102,7 +102,9 @@ def test_a_trace_is_sound_xml_that_says_how_it_was_made():
     assert (root.get("width"), root.get("height")) == ("500", "500")
     assert root.find(f"{space}title").text == 'a <red> & "blue" ring'
     assert json.loads(root.find(f"{space}desc").text) == PARAMETERS
-    assert {child.tag for child in root} == {f"{space}{name}" for name in ("title", "desc", "path")}
+    assert {child.tag for child in root} == {
+        f"{space}{name}" for name in ("title", "desc", "metadata", "path")
+    }
     assert {child.tag for child in ET.fromstring(Finish("svg").encode(ring()))} == {f"{space}path"}
 
 

@@ -53,7 +53,7 @@ def put(tmp_path):
 
 
 @pytest.mark.parametrize("width", [25_000, 8_000], ids=["beyond Pillow's limit", "beyond ours"])
-def test_a_bomb_is_refused_by_its_header(put, width):
+def test_u2_a_bomb_is_refused_by_its_header(put, width):
     path = put(bomb(width, width))
     assert path.stat().st_size < 100_000
     process, began = psutil.Process(), time.process_time()
@@ -81,32 +81,32 @@ def test_a_bomb_is_refused_by_its_header(put, width):
         b"GIF89a" + bytes(20),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(put, data):
+def test_u3_what_is_no_picture_is_refused_in_one_line(put, data):
     with pytest.raises(BadUpload, match="upload a whole PNG") as caught:
         open_upload(put(data))
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_too_long_is_not_even_opened(put):
+def test_u1_a_file_too_long_is_not_even_opened(put):
     with pytest.raises(BadUpload, match="bytes"):
         open_upload(put(bytes(MAX_BYTES + 1)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
-def test_the_suffix_means_nothing(put, two, kind):
+def test_u3_the_suffix_means_nothing(put, two, kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     found = open_upload(put(encoded(two, kind, **options), "a.svg"))
     assert found.mode == "RGBA" and found.tobytes() == two.tobytes()
 
 
-def test_an_animation_gives_its_first_picture(put, two):
+def test_u3_an_animation_gives_its_first_picture(put, two):
     more = [two.transpose(Image.Transpose.FLIP_LEFT_RIGHT)] + [Image.new("RGBA", (8, 4), BLUE)] * 300
     for kind in ("GIF", "PNG"):
         found = open_upload(put(encoded(two, kind, save_all=True, append_images=more)))
         assert found.tobytes() == two.tobytes(), kind
 
 
-def test_every_mode_becomes_rgba(put, two):
+def test_u3_every_mode_becomes_rgba(put, two):
     deep = Image.new("I;16", (2, 1), 65535)
     assert open_upload(put(encoded(deep, "PNG"))).getpixel((0, 0)) == (255, 255, 255, 255)
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
@@ -117,7 +117,7 @@ def test_every_mode_becomes_rgba(put, two):
     assert clear.getpixel((0, 0))[3] == 0 and clear.getpixel((7, 0)) == BLUE
 
 
-def test_a_turned_photograph_comes_upright_and_says_nothing_of_its_camera(put, two):
+def test_u3_a_turned_photograph_comes_upright_and_says_nothing_of_its_camera(put, two):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "a camera"  # orientation: turn clockwise; maker
     text = PngImagePlugin.PngInfo()
@@ -127,8 +127,8 @@ def test_a_turned_photograph_comes_upright_and_says_nothing_of_its_camera(put, t
     assert not found.info and not found.getexif()
 
 
-def test_text_that_swells_is_refused(put, two):
-    swollen = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(10**8), 9))
+def test_u4_text_that_swells_is_refused(put, two):
+    swollen = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(2 * 10**7), 1))
     data = encoded(two, "PNG")
     with pytest.raises(BadUpload):
         open_upload(put(data[:33] + swollen + data[33:]))

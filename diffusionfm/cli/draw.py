@@ -35,6 +35,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.prompt or args.image is None:
         check_prompt(args.prompt)
     check_prompt(args.negative, "negative_prompt")
+    check_settings(num_images=args.n)
     check_seed(args.seed, args.n)
     _check_start(args)
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)

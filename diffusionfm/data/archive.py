@@ -92,6 +92,8 @@ def _wanted(archive: zipfile.ZipFile, path: Path, folder: Path) -> dict[str, zip
 def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
     if stat.S_ISLNK(member.external_attr >> 16):
         raise ValueError(f"{path}: {member.filename!r} is a link: pack the picture itself")
+    if max(len(part.encode()) for part in member.filename.split("/")) > 255:
+        raise ValueError(f"{path}: {member.filename[:40]!r}... is too long a name: rename it and pack again")
     if member.flag_bits & 1:
         raise ValueError(f"{path} is encrypted: unpack it yourself and give the folder")
     if member.file_size > MAX_PLAIN and member.file_size > MAX_RATIO * max(1, member.compress_size):

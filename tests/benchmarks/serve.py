@@ -4,8 +4,9 @@ Without --load, so many clients each ask for one picture after another, in turns
 draws one request at a time, and of the engine. Latency is from asking to having the picture.
 
 With --load, `diffusionfm serve` runs in a process of its own and clients mix good requests, bad ones, some that hang up
-while it draws and some that never finish their body, for so many seconds. Every good picture is compared with the one
-drawn alone. Memory, after a tenth of the time and at the end, and descriptors, before and after, come from /metrics.
+while it draws and some that never finish their body, for so many seconds. The queue holds half of them, so that it is
+full at times; how soon that is said is told too. Every good picture is compared with the one drawn alone. Memory,
+after a tenth of the time and at the end, and descriptors, before and after, come from /metrics.
 
     python tests/benchmarks/serve.py
     python tests/benchmarks/serve.py --load 300 --clients 50
@@ -159,6 +160,7 @@ def loaded(pipe: DiffusionFMPipeline, args: Namespace) -> list[dict[str, Any]]:
         found
         | dict(crowd.ends)
         | {
+            "queue full told within (s)": max(crowd.refused, default=0.0),
             "MiB": early / 2**20,
             "MiB at the end": late / 2**20,
             "memory grew": late / early - 1,
@@ -175,6 +177,7 @@ class Crowd:
         self.url, self.known, self.until = url, known, until
         self.ends: Counter[str] = Counter({"wrong": 0})
         self.seconds: list[float] = []
+        self.refused: list[float] = []  # how long it took to hear that the queue is full
 
     def client(self, number: int) -> None:
         rng = random.Random(number)
@@ -195,6 +198,7 @@ class Crowd:
         answer = http.post(DRAW, json=body)
         if answer.status_code == 429:
             self.ends["queue full"] += 1
+            self.refused.append(time.perf_counter() - began)
             time.sleep(min(1.0, float(answer.headers["retry-after"])))
             return
         self.seconds.append(time.perf_counter() - began)
@@ -211,9 +215,7 @@ class Crowd:
         head += f"Content-Length: {len(data)}\r\n\r\n"
         host, port = address.split(":")
         with socket.create_connection((host, int(port)), timeout=60) as line:
-            line.sendall(
-                head.encode() + b"\r\n\r\n" + (data if kind == "hung up" else data[: len(data) // 2])
-            )
+            line.sendall(head.encode() + (data if kind == "hung up" else data[: len(data) // 2]))
             time.sleep(patience)
         self.ends[kind] += 1
 
@@ -222,7 +224,7 @@ class Crowd:
 def server(args: Namespace) -> Iterator[str]:
     """The address of a `diffusionfm serve` that ends with the block."""
     command = [sys.executable, "-m", "diffusionfm.cli", "serve", "--port", "0", "--device", args.device]
-    command += ["--requests-per-minute", "1000000", "--queue", str(2 * args.clients)]
+    command += ["--requests-per-minute", "1000000", "--queue", str(max(1, args.clients // 2))]
     command += ["--model", args.model] if args.model else []
     environment = {key: value for key, value in os.environ.items() if key != "DIFFUSIONFM_API_KEY"}
     running = subprocess.Popen(

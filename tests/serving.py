@@ -1,0 +1,77 @@
+"""A real server with a real tiny model in a thread of the test's process, for test files that talk to it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+from PIL import Image
+
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.serve.access import Access
+from diffusionfm.serve.api import Service
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.server import Server, listen
+
+DRAW = "/v1/images/generations"
+APPLE = {"prompt": "a red apple"}
+
+
+class Running:
+    """A server in a thread of this process, its engine, and a client."""
+
+    def __init__(self, model, limits=None, keys=(), log_prompts=False, per_minute=6000, loras=()):
+        self.pipe = DiffusionFMPipeline.from_pretrained(model)
+        for folder, scale in loras:
+            self.pipe.load_lora(folder, scale)
+        self.engine = Engine(self.pipe, limits)
+        listener = listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.service = Service(self.engine, Access(keys, per_minute=per_minute), log_prompts)
+        self.server = Server(self.service)
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
+        self.thread.start()
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def draw(self, **body) -> httpx.Response:
+        return self.client.post(DRAW, json=body)
+
+    @contextmanager
+    def held(self, client="somebody"):
+        """The worker stands still after its first step; opened at the end."""
+        reached, opened = threading.Event(), threading.Event()
+
+        def on_step(*_):
+            reached.set()
+            assert opened.wait(60)
+
+        future = self.engine.submit(Request("yellow star", steps=1), client, on_step)
+        assert reached.wait(60)
+        try:
+            yield
+        finally:
+            opened.set()
+            future.result(60)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(60)
+        self.client.close()
+        self.engine.close()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def picture(entry: dict) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
