@@ -366,3 +366,105 @@ def test_screenshots_of_every_tab_are_small(studio, browser, tmp_path):
     for file in files:
         with Image.open(file) as image:
             assert image.width == shots.WIDTH and file.stat().st_size <= shots.MOST
+
+
+# ------------------------------------------------------------------ the tabs beside Create
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def saved(page, selector: str, folder: Path) -> Path:
+    with page.expect_download() as waiting:
+        page.locator(selector).first.click()
+    waiting.value.save_as(folder / waiting.value.suggested_filename)
+    return folder / waiting.value.suggested_filename
+
+
+@pytest.fixture
+def drawing(tmp_path) -> Path:
+    """A PNG of noise, some of it transparent, that tells a prompt."""
+    from PIL import Image
+
+    from diffusionfm.images import save_png
+
+    picture = Image.effect_noise((128, 128), 90).convert("RGBA")
+    picture.putalpha(Image.effect_noise((128, 128), 90))
+    save_png(
+        picture, tmp_path / "drawing.png", {"prompt": "a blue fish", "seed": 12, "steps": 3, "guidance": 2.5}
+    )
+    return tmp_path / "drawing.png"
+
+
+@pytest.mark.slow
+def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
+    from PIL import Image
+
+    from diffusionfm.images import read_parameters
+
+    open_tab(page, "Vary")
+    page.click("#vary-draw")
+    page.wait_for_selector("text=Upload a picture first")
+    page.set_input_files("#vary-upload input[type=file], input#vary-upload", drawing)
+    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
+    field = page.locator("#vary-count input[type=number]")
+    field.fill("1")
+    field.press("Tab")
+    page.check("#vary-far input[value='subtle']")
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-stage .card img")
+    file = saved(page, "#vary-stage .card a[download]", tmp_path)
+    assert read_parameters(file)["strength"] == 0.7 and read_parameters(file)["prompt"] == "a blue fish"
+
+    page.check("#vary-far input[value='auto']")
+    box = page.locator("#vary-canvas canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 30, middle[1], steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(2000)  # the editor sends what was painted a moment later
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-stage .card img", state="detached")
+    page.wait_for_selector("#vary-stage .card img")
+    file = saved(page, "#vary-stage .card a[download]", tmp_path)
+    assert read_parameters(file)["strength"] == 1.0
+    with Image.open(file) as after, Image.open(drawing) as before:
+        for strip in ((0, 0, 128, 24), (0, 104, 128, 128), (0, 0, 20, 128)):
+            assert after.crop(strip).tobytes() == before.crop(strip).tobytes()
+        assert after.tobytes() != before.tobytes()
+
+
+@pytest.mark.slow
+def test_two_settings_make_a_sheet_and_a_bad_axis_is_told(page, tmp_path):
+    from PIL import Image
+
+    open_tab(page, "Grid")
+    page.fill("#grid-prompt :is(textarea, input)", "a red apple")
+    page.fill("#grid-xs :is(textarea, input)", "cat, dog")
+    page.click("#grid-draw")
+    page.wait_for_selector("text=does not say 'cat'")
+    page.fill("#grid-xs :is(textarea, input)", "red, blue")
+    page.fill("#grid-ys :is(textarea, input)", "1-3")
+    field = page.locator("#grid-steps input[type=number]")
+    field.fill("3")
+    field.press("Tab")
+    page.click("#grid-draw")
+    page.wait_for_selector("#grid-stage img.whole")
+    assert page.locator("#grid-announcer").inner_text().startswith("The sheet is drawn: 6 pictures")
+    with Image.open(saved(page, "#grid-stage a[download]", tmp_path)) as sheet:
+        assert sheet.width > 2 * 160 and sheet.height > 3 * 160
+
+
+@pytest.mark.slow
+def test_a_picture_tells_its_settings_and_create_takes_them(page, drawing):
+    open_tab(page, "Restore")
+    page.set_input_files("#restore-file input[type=file]", drawing)
+    page.wait_for_selector(".told dl")
+    assert "a blue fish" in page.locator(".told dl").inner_text()
+    page.click("#restore-send")
+    page.wait_for_selector("#generate:visible")
+    sync_api.expect(page.locator("#prompt :is(textarea, input)")).to_have_value("a blue fish")
+    sync_api.expect(page.locator("#seed input")).to_have_value("12")
+    sync_api.expect(page.locator("#fresh input")).not_to_be_checked()
