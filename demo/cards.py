@@ -138,7 +138,9 @@ def _bar(step: int, total: int, words: str) -> str:
 
 
 def notes(texts: Sequence[str], kind: str = "plain") -> str:
-    """Quiet lines under the stage; `kind` is plain or warn."""
+    """Quiet lines under the stage; `kind` is plain, or warn for sentences of the library."""
+    if kind == "warn":
+        texts = [f"{text[:1].upper()}{text[1:]}." for text in texts]
     return "".join(f'<p class="note {kind}">{escape(text)}</p>' for text in texts)
 
 

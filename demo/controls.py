@@ -98,7 +98,7 @@ def lay_out(lane: Lane) -> Controls:
             parts["said"] = gr.HTML(
                 "", elem_id="announcer", elem_classes="visually-hidden", js_on_load=ANNOUNCE
             )
-            parts["history"] = gr.HTML(cards.history(), elem_id="history", js_on_load=_script("history.js"))
+    parts["history"] = gr.HTML(cards.history(), elem_id="history", js_on_load=_script("history.js"))
     parts["lessons"] = gr.HTML(cards.examples(), elem_id="lessons", js_on_load=TELL)
     return Controls(
         **parts,

@@ -27,3 +27,4 @@ const keys = event => {
   if (event.key === 'Escape' && !document.querySelector('#cancel')?.disabled) press('cancel');
 };
 document.addEventListener('keydown', keys);
+new MutationObserver(() => document.dispatchEvent(new Event('stage'))).observe(element, {childList: true, subtree: true});

@@ -1,4 +1,4 @@
-"""A picture to paint on: Gradio's image editor, with what it lacks against hostile uploads."""
+"""A picture to paint on: Gradio's image editor as a mask's, with what it lacks against hostile uploads."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from gradio.components.image_editor import AcceptBlobs
 from gradio.data_classes import FileData
 from PIL import Image, ImageChops
 
-from diffusionfm.inputs import open_picture
+from diffusionfm.inputs import contain, open_picture
 
 MAX_LAYERS, MAX_KEPT = 4, 64
+CANVAS = 512
+"""Pixels a side of the canvas: small pictures are enlarged to be painted on, and only the paint is read back."""
 PAINT = "#ff4f1f"
 
 
 def editor(label: str, elem_id: str) -> gr.ImageEditor:
-    """An image editor with one brush, which opens pictures as the library does and keeps the latest uploads only.
+    """An image editor with one brush, hidden until it is given a picture.
 
-    Methods are put on this one editor: Gradio writes a .pyi file beside every class of components.
+    It opens pictures as the library does and keeps the latest uploads only. Methods are put on this one editor, for
+    Gradio writes a .pyi file beside every class of components.
     """
     made = gr.ImageEditor(
         label=label,
         elem_id=elem_id,
-        height=380,
+        height=400,
         type="pil",
         image_mode="RGBA",
         format="png",
-        sources=("upload", "clipboard"),
+        sources=(),
+        canvas_size=(CANVAS, CANVAS),
+        fixed_canvas=True,
+        visible=False,
         transforms=(),
         layers=False,
         brush=gr.Brush(default_size=40, colors=[PAINT], color_mode="fixed"),
@@ -66,10 +72,22 @@ class _Latest(dict[str, Any]):
             del self[next(iter(self))]
 
 
-def painted(value: dict[str, Any]) -> Image.Image | None:
-    """Where a picture was painted on, white on black; None where it was not."""
-    mask = Image.new("L", value["background"].size)
-    for layer in value["layers"] or []:
-        if layer is not None:
-            mask = ImageChops.lighter(mask, layer.resize(mask.size).getchannel("A"))
-    return mask if mask.getbbox() else None
+def canvas_of(picture: Image.Image) -> dict[str, Any]:
+    """An editor's value: the picture to paint on, nothing painted yet."""
+    shown = contain(picture, CANVAS, CANVAS)
+    return {"background": shown, "layers": [], "composite": shown}
+
+
+def painted(value: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:
+    """Where a picture of that size was painted on, white on black; None where it was not."""
+    layers = [layer.getchannel("A") for layer in (value or {}).get("layers") or [] if layer is not None]
+    if not layers:
+        return None
+    paint = layers[0]
+    for layer in layers[1:]:
+        paint = ImageChops.lighter(paint, layer)
+    scale = min(paint.width / size[0], paint.height / size[1])
+    width, height = size[0] * scale, size[1] * scale
+    left, top = (paint.width - width) / 2, (paint.height - height) / 2
+    mask = paint.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
+    return mask if mask.point(lambda level: 255 if level > 127 else 0).getbbox() else None

@@ -46,11 +46,13 @@ const thumbnail = picture => {
 const remember = async () => {
   const cards = [...document.querySelectorAll('#stage .card:has([data-copy])')];
   if (read() === null || !cards.length) return;
-  const pictures = cards.map(card => card.querySelector('img'));
-  await Promise.all(pictures.map(picture => picture.decode()));
-  const drawn = cards.map((card, k) => ({
-    text: card.querySelector('[data-copy]').dataset.copy, picture: thumbnail(pictures[k]),
+  const drawn = await Promise.all(cards.map(async card => {
+    const text = card.querySelector('[data-copy]').dataset.copy, picture = new Image();
+    picture.src = card.querySelector('img').src;
+    await picture.decode();
+    return {text, picture: thumbnail(picture)};
   }));
+  if (read() === null) return;  // unticked meanwhile
   const known = new Set(drawn.map(entry => entry.text));
   write([...drawn, ...read().filter(entry => !known.has(entry.text))].slice(0, MOST));
   show();
@@ -77,5 +79,6 @@ const paste = event => {
 };
 document.addEventListener('paste', paste);
 
-new MutationObserver(remember).observe(document.querySelector('#stage'), {childList: true, subtree: true});
+const look = () => element.isConnected ? remember() : document.removeEventListener('stage', look);
+document.addEventListener('stage', look);  // create.js tells of what comes to stand there
 show();

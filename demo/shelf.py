@@ -115,6 +115,12 @@ def shelf(
     return f'<ul class="stage grid n{len(items)}">{"".join(items)}</ul>'
 
 
+def blank(count: int) -> str:
+    """The stage while it draws."""
+    frames = '<li class="card"><div class="board wet"></div></li>' * count
+    return f'<ul class="stage grid n{count}" aria-busy="true">{frames}</ul>'
+
+
 def empty(title: str, words: str) -> str:
     """A stage with nothing on it yet, and what to do about that."""
     return f'<div class="stage empty"><div class="board"></div><p><b>{escape(title)}</b><br>{escape(words)}</p></div>'

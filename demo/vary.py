@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from diffusionfm.edit import VARIATIONS, default_strength, start_from
-from diffusionfm.images import read_parameters
-from diffusionfm.inputs import open_picture
+from diffusionfm.images import prompt_in
+from diffusionfm.inputs import contain, open_picture
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.jobs import Request
 
 from .cards import veiled
 from .controls import ANNOUNCE
-from .editor import editor, painted
+from .editor import canvas_of, editor, painted
 from .lane import AT_ONCE, Lane, owner_of
 from .request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, encode, seeds_in_words
-from .shelf import LAST, TAKE, Progress, bar, bytes_of, draw_all, empty, line, shelf
+from .shelf import LAST, TAKE, Progress, bar, blank, bytes_of, draw_all, empty, line, shelf
 
 MAX_COUNT = 8
+HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
 HOW_FAR = {"auto": AUTO, **VARIATIONS, "anew": 1.0}
 """What the picker offers, and the strength that each stands for; `AUTO` leaves it to the library."""
@@ -35,8 +36,10 @@ QUIET: dict[str, Any] = {"queue": False, **SHOWN}
 class Controls:
     """The components of the tab, by name."""
 
-    picture: gr.ImageEditor
+    upload: gr.UploadButton
     last: gr.Button
+    picture: gr.State
+    canvas: gr.ImageEditor
     url: gr.Textbox
     prompt: gr.Textbox
     draw: gr.Button
@@ -64,6 +67,7 @@ def vary(lane: Lane) -> None:
         tab.draw,
         [
             at.picture,
+            at.canvas,
             at.prompt,
             at.negative,
             at.strength,
@@ -80,11 +84,15 @@ def vary(lane: Lane) -> None:
         concurrency_id="vary",
         concurrency_limit=AT_ONCE,
     )
-    drawing.failure(tab.rest, None, [at.status, at.draw, at.cancel], **QUIET)
-    at.cancel.click(tab.cancelled, None, [at.status, at.said, at.draw, at.cancel], cancels=[drawing], **QUIET)
+    drawing.failure(tab.clear, None, [at.stage, at.status, at.draw, at.cancel], **QUIET)
+    at.cancel.click(
+        tab.cancelled, None, [at.stage, at.status, at.said, at.draw, at.cancel], cancels=[drawing], **QUIET
+    )
     at.far.input(lambda word: HOW_FAR[word], at.far, at.strength, **QUIET)
-    at.last.click(tab.take, at.url, [at.picture, at.prompt, at.said], js=LAST, **SHOWN)
-    at.stage.click(tab.take_again, None, [at.picture, at.prompt, at.said], **SHOWN)
+    given = [at.picture, at.canvas, at.prompt, at.said]
+    at.upload.upload(tab.give, at.upload, given, **SHOWN)
+    at.last.click(tab.take, at.url, given, js=LAST, **SHOWN)
+    at.stage.click(tab.take_again, None, given, **SHOWN)
 
 
 def lay_out(defaults: dict[str, Any]) -> Controls:
@@ -96,7 +104,9 @@ def lay_out(defaults: dict[str, Any]) -> Controls:
             parts |= _settings(defaults)
         with gr.Column(min_width=240, elem_classes="easel"):
             parts["stage"] = gr.HTML(
-                empty("Others like yours appear here.", "Give a picture, or take the last one from Create."),
+                empty(
+                    "Others like yours appear here.", "Upload a picture, or take the last one from Create."
+                ),
                 elem_id="vary-stage",
                 js_on_load=TAKE,
             )
@@ -108,9 +118,16 @@ def lay_out(defaults: dict[str, Any]) -> Controls:
 
 
 def _asking() -> dict[str, Any]:
+    with gr.Row(elem_classes="givers"):
+        upload = gr.UploadButton(
+            "Upload a picture", file_types=["image"], type="binary", min_width=120, elem_id="vary-upload"
+        )
+        last = gr.Button("Take the last one from Create", min_width=120, elem_id="vary-last")
     parts: dict[str, Any] = {
-        "picture": editor("Picture · paint over what is to be drawn anew", "vary-picture"),
-        "last": gr.Button("Take the last picture from Create", size="sm", elem_id="vary-last"),
+        "upload": upload,
+        "last": last,
+        "picture": gr.State(None),
+        "canvas": editor("Paint over what is to be drawn anew", "vary-canvas"),
         "url": gr.Textbox(label="Picture as a URL", visible="hidden"),
         "prompt": gr.Textbox(
             label="Prompt",
@@ -169,7 +186,8 @@ class Tab:
 
     def draw(
         self,
-        value: dict[str, Any] | None,
+        picture: Image.Image | None,
+        canvas: dict[str, Any] | None,
         prompt: str | None,
         negative: str | None,
         strength: float,
@@ -181,14 +199,14 @@ class Tab:
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
         """The drawing: progress, then the pictures."""
-        if not value or value["background"] is None:
-            raise gr.Error("Give a picture first, or take the last one from Create.", title="No picture yet")
-        seed = random.randrange(2**31) if fresh or seed is None else int(seed)
-        defaults, mask = self.lane.pipe.defaults, painted(value)
-        try:
-            start = start_from(
-                value["background"], defaults["width"], defaults["height"], strength or None, mask
+        if picture is None:
+            raise gr.Error(
+                "Upload a picture first, or take the last one from Create.", title="No picture yet"
             )
+        seed = random.randrange(2**31) if fresh or seed is None else int(seed)
+        mask = painted(canvas, picture.size)
+        try:
+            start = start_from(picture, *picture.size, strength or None, mask)
         except ValueError as error:
             raise gr.Error(str(error), duration=10) from error
         asked = Request(
@@ -201,7 +219,7 @@ class Tab:
             start=start,
         )
         busy = {self.at.draw: gr.Button(interactive=False), self.at.cancel: gr.Button(interactive=True)}
-        yield {self.at.seed: seed, self.at.said: "Drawing.", **busy}
+        yield {self.at.seed: seed, self.at.said: "Drawing.", self.at.stage: blank(asked.num_images), **busy}
         for event in draw_all(self.lane, owner_of(request), [asked]):
             if isinstance(event, Progress):
                 yield {self.at.status: bar(event, asked.num_images)}
@@ -223,16 +241,30 @@ class Tab:
             self.at.said: f"{len(files)} drawn: {told}.",
         }
 
-    def take(self, url: str) -> tuple[Any, str, str]:
-        """A picture of this page, with the prompt that its file tells."""
+    def give(self, data: bytes) -> dict[Any, Any]:
+        """A picture to set out from, fitted; the prompt that its file tells; a fresh canvas to paint on."""
+        defaults = self.lane.pipe.defaults
+        try:
+            picture = contain(open_picture(data), defaults["width"], defaults["height"])
+        except ValueError as error:
+            raise gr.Error(str(error), title="Not a picture that can be read", duration=10) from error
+        prompt = prompt_in(data)
+        return {
+            self.at.picture: picture,
+            self.at.canvas: gr.ImageEditor(canvas_of(picture), visible=True),
+            self.at.prompt: prompt or gr.skip(),
+            self.at.said: f"Picture taken{f': {prompt}' if prompt else ''}.",
+        }
+
+    def take(self, url: str | None) -> dict[Any, Any]:
+        """`give` a picture of this page."""
         try:
             data = bytes_of(url or "")
-            found = read_parameters(io.BytesIO(data))
-            return open_picture(data), str(found.get("prompt", "")), "Picture taken."
         except ValueError as error:
             raise gr.Error(str(error), title="No picture yet", duration=6) from error
+        return self.give(data)
 
-    def take_again(self, event: gr.EventData) -> tuple[Any, str, str]:
+    def take_again(self, event: gr.EventData) -> dict[Any, Any]:
         """A result's "Vary this"."""
         return self.take(str(event.value))
 
@@ -244,6 +276,10 @@ class Tab:
             self.at.cancel: gr.Button(interactive=False),
         }
 
+    def clear(self) -> dict[Any, Any]:
+        """The bare stage, ready for the next drawing."""
+        return self.rest() | {self.at.stage: empty(*HINT)}
+
     def cancelled(self) -> dict[Any, Any]:
         """After Cancel, which left the drawing's iterator."""
-        return self.rest() | {self.at.status: line("Cancelled."), self.at.said: "Cancelled."}
+        return self.clear() | {self.at.status: line("Cancelled."), self.at.said: "Cancelled."}

@@ -182,6 +182,14 @@ def read_parameters(path: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
     return _known(parse_a1111(text)) if isinstance(text, str) and len(text) <= MAX_TEXT else {}
 
 
+def prompt_in(data: bytes) -> str:
+    """The prompt that the bytes of a PNG or WebP tell, "" where they tell none or are something else."""
+    try:
+        return str(read_parameters(io.BytesIO(data)).get("prompt", ""))
+    except ValueError:
+        return ""
+
+
 def _known(found: dict[str, Any]) -> dict[str, Any]:
     return {
         key: found[key]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -10,10 +13,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image, ImageChops
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
@@ -35,6 +40,7 @@ def studio(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, folder)
     settings = {"steps": 12, "guidance": 3.0, "height": 128, "width": 128, "shift": 1.0}
     (folder / "generation.json").write_text(json.dumps(settings))
+    (folder / "words.txt").write_text("a red apple blue fish yellow star sky on an background")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,22 +87,35 @@ def browser():
         browser.close()
 
 
+def is_error(message) -> bool:
+    """Whether a line of the console tells of one; Gradio itself mourns the streams that a reload cuts."""
+    cut = ("signal is aborted", "Connection errored out", "network error")
+    return message.type == "error" and not any(words in message.text for words in cut)
+
+
 @pytest.fixture
 def page(browser, studio):
     """A fresh visitor. At the end: nothing was asked of another host, and nothing went wrong on the page."""
     context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.set_default_timeout(90_000)
     asked, errors = set(), []
     context.on("request", lambda request: asked.add(urlsplit(request.url)))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda message: errors.append(message.text) if is_error(message) else None)
     page.goto(studio)
     page.wait_for_selector("#generate")
     yield page
     context.close()
     assert {url.hostname for url in asked if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
     assert errors == []
+
+
+def steps_drawn(studio: str) -> int:
+    """Steps of pictures that the server has taken since it began."""
+    text = urllib.request.urlopen(f"{studio}metrics", timeout=10).read().decode()
+    return int(float(re.search(r"^diffusionfm_\w*steps\w* ([0-9.e+]+)$", text, re.M)[1]))
 
 
 def choose_count(page, count: int) -> None:
@@ -143,7 +162,7 @@ def test_a_kept_seed_draws_the_same_picture_again(page):
     page.click("#generate")
     page.wait_for_selector(PICTURE)
     first = page.get_attribute(PICTURE, "src")
-    page.click(".card button[data-value]")
+    page.click(".card button[data-value^=keep]")
     sync_api.expect(page.locator("#fresh input")).not_to_be_checked()
     page.click("#generate")
     page.wait_for_selector(PICTURE, state="detached")
@@ -161,18 +180,21 @@ def test_pickers_and_examples_write_the_prompt(page):
     assert page.get_attribute(PICTURE, "alt").startswith("a red apple on a sky blue background")
 
 
-def test_cancel_stops_and_the_next_drawing_works(page):
+def test_cancel_stops_and_the_next_drawing_works(page, studio):
     page.click("#more > button")
     field = page.locator("#steps input[type=number]")
     field.fill("100")
     field.press("Tab")
     choose_count(page, 8)
     page.fill("#prompt textarea", "a blue fish")
-    page.click("#generate")
+    page.press("#prompt textarea", "Enter")
     page.wait_for_selector(".bar:not([aria-valuenow='0'])", state="attached")
-    page.click("#cancel")
+    page.keyboard.press("Escape")
     sync_api.expect(page.locator("#status")).to_have_text("Cancelled.")
-    assert page.locator(PICTURE).count() == 0
+    done = steps_drawn(studio)
+    assert page.locator(PICTURE).count() == 0 and done < 8 * 100
+    time.sleep(0.5)
+    assert steps_drawn(studio) == done
     choose_count(page, 1)
     field.fill("2")
     field.press("Tab")
@@ -187,6 +209,142 @@ def test_an_empty_prompt_is_told_and_draws_nothing(page):
     assert page.locator(".card").count() == 0
 
 
+def test_enter_draws_and_words_never_learned_are_told(page, studio):
+    page.goto(studio)
+    page.locator("#prompt textarea").wait_for()
+    page.keyboard.type("a red zebra")  # nothing was clicked: the prompt has the focus
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#advice .warn:has-text('zebra')")
+    page.wait_for_selector(PICTURE)
+    assert page.get_attribute(PICTURE, "alt").startswith("a red zebra, seed")
+    assert "never learned the word 'zebra'" in page.locator("#announcer").inner_text()
+
+
+def test_pictures_go_out_as_svg_and_zip_and_settings_as_text(page):
+    choose_count(page, 2)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    seed = int(page.input_value("#seed input"))
+    with page.expect_download() as waiting:
+        page.click(f"button[aria-label='SVG download, seed {seed + 1}']")
+    assert waiting.value.suggested_filename == f"a-red-apple-{seed + 1}.svg"
+    assert Path(waiting.value.path()).read_bytes().startswith(b"<svg ")
+    with page.expect_download() as waiting:
+        page.click("button[data-value=zip]")
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        assert archive.testzip() is None and len(archive.namelist()) == 4
+    page.click(f"button[aria-label='Copy settings, seed {seed + 1}']")
+    page.wait_for_selector("text=Copied")
+    page.click("#dice")
+    page.fill("#prompt textarea", "")
+    page.press("#prompt textarea", "Control+V")
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("a red apple")
+    sync_api.expect(page.locator("#seed input")).to_have_value(str(seed + 1))
+
+
+def test_the_history_is_asked_for_survives_a_reload_and_is_cleared(page):
+    kept = "localStorage.getItem('diffusionfm-history')"
+    choose_count(page, 2)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    assert page.evaluate(kept) is None
+    page.check("#history [data-part=wanted]")
+    page.wait_for_selector("#history li img")
+    seed = int(page.input_value("#seed input"))
+    page.reload()
+    page.wait_for_selector("#history li img")
+    assert page.locator("#history li").count() == 2
+    page.fill("#prompt textarea", "")
+    page.click(f"#history button[aria-label='Restore a red apple, seed {seed + 1}']")
+    sync_api.expect(page.locator("#seed input")).to_have_value(str(seed + 1))
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("a red apple")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#history [data-part=clear]")
+    assert page.locator("#history li").count() == 0 and page.evaluate(kept) == "[]"
+    page.uncheck("#history [data-part=wanted]")
+    assert page.evaluate(kept) is None
+
+
+@pytest.mark.slow
+def test_a_reload_during_a_drawing_loses_nothing(page):
+    page.click("#more > button")
+    field = page.locator("#steps input[type=number]")
+    field.fill("100")
+    field.press("Tab")
+    choose_count(page, 8)
+    page.fill("#prompt textarea", "a blue fish")
+    page.click("#generate")
+    page.wait_for_selector(".bar:not([aria-valuenow='0'])", state="attached")
+    seed = page.input_value("#seed input")
+    page.reload()
+    page.wait_for_selector(PICTURE)
+    assert page.locator(PICTURE).count() == 8
+    assert page.locator(PICTURE).first.get_attribute("alt") == f"a blue fish, seed {seed}"
+    assert (page.input_value("#seed input"), page.input_value("#prompt textarea")) == (seed, "a blue fish")
+    sync_api.expect(page.locator("#generate")).to_be_enabled()
+
+
+@pytest.mark.slow
+def test_two_people_at_once_get_their_own_pictures(page, browser, studio, tiny_pipe):
+    other = browser.new_context().new_page()
+    other.goto(studio)
+    other.wait_for_selector("#generate")
+    people = {page: "a red apple", other: "yellow star"}
+    for one, prompt in people.items():
+        choose_count(one, 2)
+        one.fill("#prompt textarea", prompt)
+    for one in people:
+        one.click("#generate")
+    for one, prompt in people.items():
+        one.wait_for_selector(PICTURE)
+        seed = int(one.input_value("#seed input"))
+        expected = tiny_pipe(
+            prompt, seed=seed, num_images=2, num_inference_steps=12, guidance_scale=3.0, height=128, width=128
+        )
+        shown = [image.get_attribute("src") for image in one.locator(PICTURE).all()]
+        for source, image in zip(shown, expected.images, strict=True):
+            with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as found:
+                assert found.mode == "RGBA"
+                difference = ImageChops.difference(found, image).getextrema()
+            assert max(most for _, most in difference) <= 1
+    other.context.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_serious_is_found_by_axe(page, studio, theme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.goto(f"{studio}?__theme={theme}")
+    page.wait_for_selector("#generate")
+    page.click("#more > button")
+    page.check("#history [data-part=wanted]")
+    choose_count(page, 2)
+    page.fill("#prompt textarea", "a red zebra")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    page.wait_for_selector("#history li img")
+    found = axe.run(page).response["violations"]
+    serious = [
+        f"{one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
+        for one in found
+        for node in one["nodes"]
+        if node["impact"] in ("serious", "critical")
+    ]
+    assert not serious, "\n".join(serious)
+
+
+def test_the_dark_theme_is_dark(page, studio):
+    lightness = {}
+    for theme in ("light", "dark"):
+        page.goto(f"{studio}?__theme={theme}")
+        page.wait_for_selector("#generate")
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        lightness[theme] = sum(map(int, re.findall(r"\d+", color)[:3])) / 765
+    assert lightness["dark"] < 0.15 and lightness["light"] > 0.9
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_a_phone(page, studio, theme, tmp_path):
     page.set_viewport_size({"width": 320, "height": 700})
@@ -197,3 +355,116 @@ def test_it_fits_a_phone(page, studio, theme, tmp_path):
     tops = [page.evaluate(below.format(part)) for part in ("#generate", "#stage", "#background", "#lessons")]
     assert tops == sorted(tops)
     page.screenshot(path=tmp_path / f"phone-{theme}.png", full_page=True)
+
+
+@pytest.mark.slow
+def test_screenshots_of_every_tab_are_small(studio, browser, tmp_path):
+    from demo import app, shots
+
+    files = shots.take(browser, studio, tmp_path, "a red apple")
+    assert len(files) == 2 * len(app.TABS)
+    for file in files:
+        with Image.open(file) as image:
+            assert image.width == shots.WIDTH and file.stat().st_size <= shots.MOST
+
+
+# ------------------------------------------------------------------ the tabs beside Create
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def saved(page, selector: str, folder: Path) -> Path:
+    with page.expect_download() as waiting:
+        page.locator(selector).first.click()
+    waiting.value.save_as(folder / waiting.value.suggested_filename)
+    return folder / waiting.value.suggested_filename
+
+
+@pytest.fixture
+def drawing(tmp_path) -> Path:
+    """A PNG of noise, some of it transparent, that tells a prompt."""
+    from PIL import Image
+
+    from diffusionfm.images import save_png
+
+    picture = Image.effect_noise((128, 128), 90).convert("RGBA")
+    picture.putalpha(Image.effect_noise((128, 128), 90))
+    save_png(
+        picture, tmp_path / "drawing.png", {"prompt": "a blue fish", "seed": 12, "steps": 3, "guidance": 2.5}
+    )
+    return tmp_path / "drawing.png"
+
+
+@pytest.mark.slow
+def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
+    from PIL import Image
+
+    from diffusionfm.images import read_parameters
+
+    open_tab(page, "Vary")
+    page.click("#vary-draw")
+    page.wait_for_selector("text=Upload a picture first")
+    page.set_input_files("#vary-upload input[type=file], input#vary-upload", drawing)
+    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
+    field = page.locator("#vary-count input[type=number]")
+    field.fill("1")
+    field.press("Tab")
+    page.check("#vary-far input[value='subtle']")
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-stage .card img")
+    file = saved(page, "#vary-stage .card a[download]", tmp_path)
+    assert read_parameters(file)["strength"] == 0.7 and read_parameters(file)["prompt"] == "a blue fish"
+
+    page.check("#vary-far input[value='auto']")
+    box = page.locator("#vary-canvas canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 30, middle[1], steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(2000)  # the editor sends what was painted a moment later
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-stage .card img", state="detached")
+    page.wait_for_selector("#vary-stage .card img")
+    file = saved(page, "#vary-stage .card a[download]", tmp_path)
+    assert read_parameters(file)["strength"] == 1.0
+    with Image.open(file) as after, Image.open(drawing) as before:
+        for strip in ((0, 0, 128, 24), (0, 104, 128, 128), (0, 0, 20, 128)):
+            assert after.crop(strip).tobytes() == before.crop(strip).tobytes()
+        assert after.tobytes() != before.tobytes()
+
+
+@pytest.mark.slow
+def test_two_settings_make_a_sheet_and_a_bad_axis_is_told(page, tmp_path):
+    from PIL import Image
+
+    open_tab(page, "Grid")
+    page.fill("#grid-prompt :is(textarea, input)", "a red apple")
+    page.fill("#grid-xs :is(textarea, input)", "cat, dog")
+    page.click("#grid-draw")
+    page.wait_for_selector("text=does not say 'cat'")
+    page.fill("#grid-xs :is(textarea, input)", "red, blue")
+    page.fill("#grid-ys :is(textarea, input)", "1-3")
+    field = page.locator("#grid-steps input[type=number]")
+    field.fill("3")
+    field.press("Tab")
+    page.click("#grid-draw")
+    page.wait_for_selector("#grid-stage img.whole")
+    assert page.locator("#grid-announcer").inner_text().startswith("The sheet is drawn: 6 pictures")
+    with Image.open(saved(page, "#grid-stage a[download]", tmp_path)) as sheet:
+        assert sheet.width > 2 * 160 and sheet.height > 3 * 160
+
+
+@pytest.mark.slow
+def test_a_picture_tells_its_settings_and_create_takes_them(page, drawing):
+    open_tab(page, "Restore")
+    page.set_input_files("#restore-file input[type=file]", drawing)
+    page.wait_for_selector(".told dl")
+    assert "a blue fish" in page.locator(".told dl").inner_text()
+    page.click("#restore-send")
+    page.wait_for_selector("#generate:visible")
+    sync_api.expect(page.locator("#prompt :is(textarea, input)")).to_have_value("a blue fish")
+    sync_api.expect(page.locator("#seed input")).to_have_value("12")
+    sync_api.expect(page.locator("#fresh input")).not_to_be_checked()

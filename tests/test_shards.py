@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diffusionfm.data.reader import ShardDataset
-from diffusionfm.data.report import attribution, inspect_shards, verify_shards
+from diffusionfm.data.report import attribution, inspect_shards, trained_words, verify_shards
 from diffusionfm.data.shards import ShardWriter
 
 
@@ -184,6 +184,15 @@ def test_inspect_counts_and_draws_a_sheet(tmp_path):
     assert calls[-1] == (5, 5)
     sheet = np.array(Image.open(tmp_path / "sheet.png").convert("L"))
     assert sheet.shape[1] == 5 * 172 + 12 and (sheet[175:, :] < 64).any()  # dark letters below the pictures
+
+
+def test_trained_words_are_those_of_what_is_not_held_out(tmp_path):
+    folder = write(tmp_path, count=3)
+    assert trained_words(folder) == ["a", "number", "of", "picture"]
+    with ShardWriter(tmp_path / "held", samples_per_shard=2) as writer:
+        for i in range(4):
+            writer.write(f"{i:08d}", picture(i), "a zebra", meta(i) | {"split": "heldout"})
+    assert trained_words(tmp_path / "held") == []
 
 
 def test_attribution_has_a_section_a_source_and_licence_totals(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import time
 import uuid
@@ -26,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from diffusionfm import __version__
-from diffusionfm.images import encode_png, read_parameters
+from diffusionfm.images import encode_png, prompt_in
 from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
@@ -276,14 +275,6 @@ async def read_body(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise Refusal(400, 'the body must be a JSON object: {"prompt": "a red apple"}')
     return body
-
-
-def prompt_in(data: bytes) -> str:
-    """The prompt that a PNG or WebP file tells of itself, "" where it tells none."""
-    try:
-        return str(read_parameters(io.BytesIO(data)).get("prompt", ""))
-    except ValueError:
-        return ""  # a picture of another format has none; whether it can be drawn from is asked elsewhere
 
 
 def _no_constant(name: str) -> float:

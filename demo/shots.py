@@ -1,0 +1,95 @@
+"""Screenshots of every tab in both themes, small enough for a README: `python -m demo.shots --out FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusionfm.images import write_atomic
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.serve.engine import Engine
+
+from .app import HOST, TABS, build, launch
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+THEMES = ("light", "dark")
+WIDTH, HEIGHT = 1280, 800
+MOST = 100_000
+"""Bytes of a screenshot at most."""
+
+
+def take(browser: Any, url: str, out: Path, prompt: str, seed: int = 7) -> list[Path]:
+    """Open every tab of a studio in both themes and write TAB-THEME.webp; in Create, after drawing the prompt."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    page = context.new_page()
+    page.set_default_timeout(300_000)
+    for theme in THEMES:
+        page.goto(f"{url}?__theme={theme}")
+        page.wait_for_selector("#generate")
+        if theme == THEMES[0]:
+            _draw(page, prompt, seed)  # the other theme finds it again, as after any reload
+        page.wait_for_selector(".card .seed")
+        for title in TABS:
+            page.get_by_role("tab", name=title, exact=True).click()
+            page.wait_for_timeout(1000)  # for its pictures; a network is never idle under Gradio's heartbeat
+            file = out / f"{title.lower().replace(' ', '-')}-{theme}.webp"
+            write_atomic(file, _small(page.screenshot(full_page=True)))
+            files.append(file)
+    context.close()
+    return files
+
+
+def _draw(page: Any, prompt: str, seed: int) -> None:
+    page.uncheck("#fresh input")
+    page.fill("#seed input", str(seed))
+    page.press("#seed input", "Tab")
+    page.fill("#prompt textarea", prompt)
+    page.press("#prompt textarea", "Enter")
+
+
+def _small(png: bytes) -> bytes:
+    """A screenshot as a WebP of at most MOST bytes, in the best quality that this allows."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    for quality in range(90, 0, -10):
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=quality, method=6)
+        if buffer.tell() <= MOST:
+            break
+    return buffer.getvalue()
+
+
+def main(out: Path, model: str | None, prompt: str, seed: int) -> None:
+    """Serve a model on a free port, take the screenshots, stop. ValueError where there is no Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if chromium is None:
+        raise ValueError("no Chromium found (Debian: apt-get install chromium)")
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    with Engine(DiffusionFMPipeline.from_pretrained(model)) as engine, sync_playwright() as playwright:
+        studio = build(engine)
+        launch(studio, engine, port)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for file in take(browser, studio.local_url, out, prompt, seed):
+            print(f"{file}  {file.stat().st_size:,} bytes")
+        browser.close()
+        studio.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m demo.shots", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--model", help="a model folder (default: the shipped model)")
+    parser.add_argument("--prompt", default="a flat emoji of a smiling cat")
+    parser.add_argument("--seed", type=int, default=7)
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,149 @@
+"""The tabs Vary, Grid and Restore without a browser: what they refuse, clamp, escape and draw."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+
+import pytest
+
+pytest.importorskip("gradio")
+
+import gradio as gr
+from PIL import Image
+
+from demo import restore, shelf
+from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
+from demo.lane import Lane
+from demo.vary import HOW_FAR
+from diffusionfm.images import encode_png
+from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.jobs import Request
+
+
+@pytest.fixture
+def lane(tiny_pipe):
+    with Engine(tiny_pipe) as engine:
+        yield Lane(engine)
+
+
+def png(size=(8, 8), **parameters) -> bytes:
+    return encode_png(Image.new("RGBA", size, (200, 0, 0, 255)), parameters or None)
+
+
+# ------------------------------------------------------------------ drawing together
+
+
+def test_requests_are_drawn_side_by_side_and_in_their_order(lane, tiny_pipe):
+    requests = [Request("a red apple", seed=seed, steps=steps) for seed, steps in ((1, 6), (2, 3), (3, 9))]
+    *shares, drawn = shelf.draw_all(lane, "me", requests)
+    assert [pictures.seeds for pictures in drawn] == [[1], [2], [3]]
+    assert lane.engine.counts.calls < 18  # they shared calls
+    told = [now.share for now in shares]
+    assert told == sorted(told) and told[0] <= 1
+
+
+def test_leaving_early_stops_all(lane):
+    drawing = shelf.draw_all(lane, "me", [Request("a red apple", steps=500, seed=k) for k in range(4)])
+    next(drawing)
+    drawing.close()
+    deadline = time.monotonic() + 60
+    while lane.engine.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert lane.engine.counts.cancelled == 4
+
+
+def test_what_the_engine_refuses_is_told_and_nothing_is_left(lane):
+    with pytest.raises(gr.Error, match="steps must be from 1 to 500"):
+        list(shelf.draw_all(lane, "me", [Request("a red apple", steps=5), Request("a red apple", steps=0)]))
+    assert lane.engine.waiting == 0
+
+
+# ------------------------------------------------------------------ pictures that a page sends
+
+
+def test_a_data_url_is_the_picture_or_an_error():
+    assert shelf.bytes_of(shelf.data_url(png())) == png()
+    for bad in ("", "data:image/svg+xml;base64,AAAA", "http://127.0.0.1/a.png", "data:image/png;base64,@@"):
+        with pytest.raises(ValueError):
+            shelf.bytes_of(bad)
+    with pytest.raises(ValueError, match="no picture yet"):
+        shelf.bytes_of("data:image/png;base64," + "A" * shelf.MAX_URL)
+
+
+def test_the_editor_opens_with_care_and_forgets():
+    made = editor("Picture", "some-id")
+    assert made.get_config()["elem_id"] == "some-id" and made.get_block_name() == "imageeditor"
+    assert "accept_blobs" in made.get_config()["server_fns"]
+    bomb = io.BytesIO()
+    Image.new("1", (25_000, 25_000)).save(bomb, "PNG")
+    for bad in (b"<svg/>", bomb.getvalue()):
+        with pytest.raises(gr.Error):
+            made.convert_and_format_image(bad)
+    assert _opened(png()).mode == "RGBA" and _opened(None) is None
+
+    class Data:
+        def __init__(self, index):
+            self.data = {"type": "layer", "index": index, "id": "a"}
+            self.files = [("file", png())]
+
+    made.accept_blobs(Data("0"))
+    for index in ("1000000000", "-1", "x"):
+        with pytest.raises(gr.Error):
+            made.accept_blobs(Data(index))
+    assert len(made.blob_storage["a"].layers) == 1
+    kept = _Latest()
+    for k in range(2 * MAX_KEPT):
+        kept[str(k)] = k
+    assert list(kept.values()) == list(range(MAX_KEPT, 2 * MAX_KEPT))
+
+
+def test_paint_is_a_mask_whatever_its_colour_and_wherever_the_picture_lies():
+    layer = Image.new("RGBA", (CANVAS, CANVAS))
+    value = {"background": None, "layers": [layer], "composite": None}
+    assert painted(value, (32, 32)) is None and painted(None, (32, 32)) is None
+    layer.paste((0, 0, 0, 255), (128, 256, 256, 384))
+    square, wide = painted(value, (32, 32)), painted(value, (32, 16))
+    assert square.getbbox() == (8, 16, 16, 24) and wide.getbbox() == (8, 8, 16, 16)
+    assert square.getextrema() == (0, 255)
+    shown = canvas_of(Image.new("RGBA", (32, 16), "red"))["background"]
+    assert shown.size == (CANVAS, CANVAS) and shown.getbbox() == (0, 128, 512, 384)
+
+
+def test_the_picker_goes_from_subtle_to_anew():
+    assert list(HOW_FAR) == ["auto", "subtle", "medium", "strong", "anew"]
+    assert list(HOW_FAR.values()) == sorted(HOW_FAR.values()) and HOW_FAR["anew"] == 1
+
+
+# ------------------------------------------------------------------ what a file tells
+
+
+BAD = '<img src=x onerror="alert(1)">'
+
+
+def test_nothing_from_a_file_becomes_markup():
+    for html in (
+        restore.tell(png(), {"prompt": BAD, "model": BAD, "lora": [BAD]}, BAD + "!"),
+        shelf.shelf([png()], [BAD], [7], take="Vary this"),
+        shelf.empty(BAD, BAD),
+        shelf.line(BAD),
+    ):
+        assert "<img src=x" not in html and "&lt;img" in html
+
+
+def test_values_are_brought_into_the_range_of_the_controls():
+    wild = {"prompt": "x" * 9000, "seed": -5, "steps": 10**9, "guidance": 1e9, "negative_prompt": "y" * 9000}
+    prompt, negative, seed, fresh, steps, guidance, *_ = restore.controls_of(wild)
+    assert len(prompt) == len(negative) == restore.MAX_PROMPT and (seed, fresh) == (0, False)
+    assert (steps, guidance) == (restore.MAX_STEPS, restore.MAX_GUIDANCE)
+    assert restore.controls_of({"prompt": "a"})[2:6] == [gr.skip()] * 4
+
+
+def test_another_model_and_a_missing_picture_are_told():
+    assert "Another model" in restore.tell(png(), {"prompt": "a", "model": "photo"}, "icons")
+    assert "Another model" not in restore.tell(png(), {"prompt": "a", "model": "icons"}, "icons")
+    assert "drawn from another picture" in restore.tell(png(), {"prompt": "a", "strength": 0.5}, "icons")
+    assert "tells nothing" in restore.tell(png(), {}, "icons")
+    assert base64.b64encode(png()).decode() in restore.tell(png(), {}, "icons")
