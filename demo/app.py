@@ -8,7 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.devices import pick_device
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.pipeline import Cancelled
+from diffusionfm.drawing import Cancelled
 from diffusionfm.serve.jobs import Request
 
 from . import cards

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionfm.pipeline import Cancelled
+from diffusionfm.drawing import Cancelled
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from diffusionfm import __version__
+from diffusionfm.drawing import Pictures
 from diffusionfm.images import encode_png
 from diffusionfm.phrasing import in_style, on_background
-from diffusionfm.pipeline import DiffusionFMPipeline, Pictures
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1

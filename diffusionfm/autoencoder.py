@@ -3,16 +3,28 @@
 Axes: b batch, c channels, y x rows and columns.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusionfm.models import AutoencoderKL as AutoencoderKL
 
 # Below half an 8-bit step alpha rounds to 0: such a pixel has no colour that anyone can see.
 INVISIBLE = 0.5 / 255
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoencoderKL":  # loads diffusers, which drawing does without
+        from diffusionfm import models
+
+        return models.AutoencoderKL
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def premultiply(picture: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ class PatchDiscriminator(nn.Module):
         return self.score((picture * 2 - 1).contiguous(memory_format=torch.channels_last))
 
 
-class AutoencoderKL(ModelMixin, ConfigMixin):
+class AutoencoderNetwork(nn.Module):
     """KL autoencoder of RGBA pictures (Rombach et al. 2022, arXiv:2112.10752), fully convolutional.
 
     Pictures are straight-alpha RGBA in [0, 1], (b, 4, y, x) with y and x divisible by 8; latents are (b,
@@ -91,11 +103,9 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
     downsample = 8
     channels = 4  # of a picture
 
-    @property
-    def latent_channels(self) -> int:
-        return int(self.config.latent_channels)
+    latent_mean: Tensor
+    latent_std: Tensor
 
-    @register_to_config
     def __init__(
         self,
         latent_channels: int = 16,
@@ -104,6 +114,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         decoder_depths: Sequence[int] = (1, 2, 2),
     ):
         super().__init__()
+        self.latent_channels = latent_channels
         half, quarter, eighth = widths
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
@@ -145,7 +156,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         y, x = picture.shape[2:]
         if y % self.downsample or x % self.downsample:
             raise ValueError(f"height and width must be divisible by {self.downsample}: got {y} x {x}")
-        inside = (premultiply(picture.float()) * 2 - 1).to(self.dtype)
+        inside = (premultiply(picture.float()) * 2 - 1).to(_dtype(self.encoder))
         moments = self.encoder(inside.contiguous(memory_format=torch.channels_last)).float()
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-20, 4)
@@ -157,7 +168,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
 
     def decode_raw(self, latent: Tensor) -> Tensor:
         """Premultiplied RGBA (b, 4, y, x), unclamped, of a raw latent: what a loss compares."""
-        latent = latent.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        latent = latent.to(_dtype(self.decoder)).contiguous(memory_format=torch.channels_last)
         return (self.decoder(latent).float() + 1) / 2
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -167,7 +178,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Keep the per-channel mean and standard deviation, each (c,), of raw latents over a training set."""
-        shape = (self.config.latent_channels,)
+        shape = (self.latent_channels,)
         if mean.shape != shape or std.shape != shape or not bool((std > 0).all()):
             raise ValueError(f"latent statistics must be two tensors of shape {shape}, every std above 0")
         self.latent_mean.copy_(mean)
@@ -175,3 +186,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
 
     def _channels(self, statistic: Tensor) -> Tensor:
         return statistic.float()[:, None, None]
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype

@@ -7,9 +7,9 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import PurePath
 from typing import Any
-from xml.sax.saxutils import escape
 
 from PIL import Image, ImageColor, ImageFilter
 
@@ -189,4 +189,4 @@ def _notes(parameters: dict[str, Any]) -> str:
         r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(parameters.get("prompt", ""))
     )
     text = json.dumps(parameters, ensure_ascii=True, sort_keys=True)
-    return f"<title>{escape(title)}</title>\n<desc>{escape(text)}</desc>\n"
+    return f"<title>{escape(title, quote=False)}</title>\n<desc>{escape(text, quote=False)}</desc>\n"

@@ -8,9 +8,9 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.sax.saxutils import escape
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
@@ -124,7 +124,7 @@ def _json(parameters: dict[str, Any]) -> str:
 
 def _xmp(parameters: dict[str, Any]) -> str:
     tool = f"DiffusionFM {parameters.get('version', '')}".strip()
-    return _XMP.format(source=SOURCE_TYPE, tool=escape(tool, {'"': "&quot;"}))
+    return _XMP.format(source=SOURCE_TYPE, tool=escape(tool))
 
 
 def save_png(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, START, END = "<pad>", "<s>", "</s>"
+LONGEST = 1024  # tokens a prompt may have at most, whatever the tokenizer says
 
 
 def train_tokenizer(

@@ -22,8 +22,8 @@ from PIL import Image
 from demo import app, cards, request
 from demo.lane import PREVIEWS, Lane, Step
 from diffusionfm.colors import COLORS
+from diffusionfm.drawing import Cancelled
 from diffusionfm.images import read_parameters
-from diffusionfm.pipeline import Cancelled
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 

@@ -38,11 +38,12 @@ PIECES = {
     "ranks",
     "cost",
     "gpus",
+    "devices",
 }
-NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
+NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders", "models"}
 USERS = {"batch", "evaluate", "serve", "finetune"}
 DOORS = {"cli", "train", "demo"}
-DRAWING = {"pipeline", "lora"} | USERS
+DRAWING = {"pipeline", "drawing", "light", "lora"} | USERS
 LOOP = {"trainer", "settings", "resume", "optim", "muon", "ema", "guard", "sharding", "runlog", "runtime"}
 TRAINING = LOOP | {"checkpoint", "objectives"}
 
@@ -56,7 +57,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "precompute": TRAINING - {"checkpoint"} | DRAWING | DOORS,
     "trace": NETWORKS | DRAWING | DOORS | {"data"},
     "plan": DRAWING | DOORS,
-    "pipeline": TRAINING | USERS | DOORS | {"data"},
+    **dict.fromkeys(("drawing", "light", "pipeline"), TRAINING | USERS | DOORS | {"data"}),
     "batch": TRAINING | DOORS | {"finetune", "serve"},  # data: its shards are written as data writes them
     "evaluate": DOORS | {"trainer", "finetune", "serve"},
     "serve": TRAINING | DOORS | {"data", "evaluate"},

@@ -11,6 +11,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def generate(args: argparse.Namespace) -> int:
     check_seed(args.seed, args.n)
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)
     files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args, draws_only=True)
     writable(files[0].parent)
     with StepBar(args.quiet or args.json) as on_step:
         result = pipe(
@@ -105,8 +107,10 @@ def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     return {**settings, "negative_prompt": args.negative}
 
 
-def load_pipeline(args: argparse.Namespace) -> Any:
-    """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported."""
+def load_pipeline(args: argparse.Namespace, draws_only: bool = False) -> Any:
+    """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported.
+
+    draws_only: a `Painter` will do, which starts in a third of the time."""
     from diffusionfm.lora import parse_lora
 
     check_settings(
@@ -114,15 +118,30 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     )
     check_model(args.model)
     loras = [parse_lora(text) for text in args.lora]
-    gc.disable()  # a third of the start-up is collections over the thousands of modules that stay anyway
-    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+    with _uncollected():
+        from diffusionfm.devices import pick_device
 
-    gc.freeze()
-    gc.enable()
-    pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=args.dtype, device=pick_device(args.device))
+        if draws_only and not loras:
+            from diffusionfm.light import open_painter as load
+        else:
+            from diffusionfm.pipeline import DiffusionFMPipeline
+
+            load = DiffusionFMPipeline.from_pretrained
+    pipe: Any = load(args.model, dtype=args.dtype, device=pick_device(args.device))
     for folder, scale in loras:
         pipe.load_lora(folder, scale)
     return pipe
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without collecting garbage: a third of a start-up goes over thousands of modules that stay anyway."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from diffusionfm import __version__
+from diffusionfm.drawing import Pictures
 from diffusionfm.images import encode_png
-from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull

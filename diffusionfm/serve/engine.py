@@ -21,7 +21,8 @@ from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
-from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
+from diffusionfm.drawing import BATCH_SIZE, OnStep, Pictures, plan_tasks
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe

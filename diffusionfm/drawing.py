@@ -1,0 +1,309 @@
+"""A prompt becomes pictures: the networks, and the loop that draws with them, without diffusers or transformers.
+
+Axes: b pictures in one network call, l tokens, d text width, c channels, y x rows and columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusionfm import __version__, flow
+from diffusionfm.checks import DEFAULTS, WEIGHTS, check_prompt, check_seed, check_settings
+from diffusionfm.text import encode_prompts, truncated_words
+
+BATCH_SIZE = {"cpu": 8, "mps": 8, "cuda": 32}
+
+OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], bool | None]
+
+
+class Cancelled(Exception):
+    """Drawing was stopped because `on_step` returned True."""
+
+
+@dataclass
+class Pictures:
+    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Task:
+    """One picture to draw."""
+
+    prompt: str
+    negative: str
+    seed: int
+
+
+class Painter:
+    """Text to transparent pictures by flow matching (arXiv:2210.02747) with classifier-free guidance.
+
+    `defaults` holds steps, guidance, height, width and shift, read from the folder's generation.json.
+    Weights may be bfloat16; latents are stepped, and pictures decoded, in float32.
+    """
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any):
+        self.vae, self.text_encoder, self.tokenizer, self.transformer = (
+            vae,
+            text_encoder,
+            tokenizer,
+            transformer,
+        )
+        self.defaults: dict[str, Any] = dict(DEFAULTS)
+        self.model_name = "unnamed"
+        self.loras: dict[str, float] = {}
+        self.lora_sources: dict[str, Path] = {}
+        for network in (vae, text_encoder, transformer):
+            network.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.vae.parameters()).device
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
+        digest = hashlib.sha256()
+        for name in WEIGHTS:
+            for key, value in sorted(getattr(self, name).state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+    def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file of a picture says of how it was made; settings: negative_prompt, steps, guidance and size."""
+        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
+        said["guidance"] = float(said["guidance"])
+        if self.loras:
+            said["lora"] = [f"{name}:{scale:g}" for name, scale in self.loras.items()]
+        return {name: value for name, value in said.items() if value != ""}
+
+    # -------------------------------------------------------------- drawing
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int | None = None,
+        words: dict[str, Tensor] | None = None,
+    ) -> Pictures:
+        """Draw `num_images` pictures of every prompt, prompt by prompt.
+
+        prompt, negative_prompt, seed: one for all, or a list, one for each prompt. Picture k of a prompt
+        uses seed + k; its noise depends on that seed and the size alone, bit for bit, whatever the batch.
+        num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
+        height and width 32-1024 in multiples of 16; None takes `defaults`.
+        on_step(step, total, preview): called after each step, with step and total counted over all batches;
+        preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
+        batch_size: pictures in a network call. words: encoded prompts, for calls to share.
+        Raises ValueError, before any work, for what cannot
+        be drawn, and FloatingPointError when the model's numbers overflow.
+        """
+        settings = self.settings(num_inference_steps, guidance_scale, height, width)
+        check_settings(num_images=num_images)
+        check_settings(num_images=batch_size)
+        tasks = plan_tasks(prompt, negative_prompt, seed, num_images)
+        batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
+        groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.truncations(tasks))
+        words = {} if words is None else words
+        for number, group in enumerate(groups):
+            hook = _Progress(self, on_step, number * settings["steps"], len(groups) * settings["steps"])
+            result.images += self._draw(group, words, hook, **settings)
+        return result
+
+    def settings(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, Any]:
+        """Steps, guidance, height and width, `defaults` for None; ValueError for what cannot be drawn."""
+        chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+        settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
+        check_settings(**settings)
+        unit = self.vae.downsample
+        if settings["height"] % unit or settings["width"] % unit:
+            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
+        return settings
+
+    def _draw(
+        self,
+        tasks: list[Task],
+        words: dict[str, Tensor],
+        hook: _Progress,
+        *,
+        steps: int,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> list[Image.Image]:
+        velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
+        times = flow.grid(steps, self.defaults["shift"])
+        x = self.noise([task.seed for task in tasks], height, width).to(self.device)
+        return self.finish(flow.euler(velocity, x, times, on_step=hook.bind(times)))
+
+    def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
+        """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
+        shape = (self.vae.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    def finish(self, latents: Tensor) -> list[Image.Image]:
+        """Latents at the end of their path to pictures; FloatingPointError where the numbers overflowed."""
+        if not bool(torch.isfinite(latents).all()):
+            raise FloatingPointError(
+                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
+            )
+        return self.decode(latents)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
+        pixels = self.vae.decode(latents.to(_dtype(self.vae))).float()
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture, "RGBA") for picture in pixels]
+
+    def velocity(
+        self, tasks: Sequence[Task], scales: Sequence[float], words: dict[str, Tensor]
+    ) -> flow.VelocityFn:
+        """The guided velocity field of these pictures: x (b, c, y, x) and t, scalar or (b,) -> v as x, float32.
+
+        scales: the guidance of each. words: features by prompt, filled as prompts are met. One network call holds
+        the rows with the prompt, then those with the negative; guidance 1 does without the latter, 0 without the
+        former. What attention reads of a prompt is computed once here, however many rows have it.
+        """
+        cond = [k for k, scale in enumerate(scales) if scale != 0]
+        uncond = [k for k, scale in enumerate(scales) if scale != 1]
+        prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
+        once = list(dict.fromkeys(prompts))
+        text, mask = self._encode(once, words)
+        rows = torch.tensor([once.index(prompt) for prompt in prompts], device=text.device)
+        network, dtype = self.transformer, _dtype(self.transformer)
+        read = getattr(network, "text_keys_values", None)
+        known = {} if read is None else {"text_kv": [(k[rows], v[rows]) for k, v in read(text)]}
+        text, mask = text[rows], mask[rows]
+
+        pictures = torch.tensor(cond + uncond, device=text.device)
+        at = {k: row for row, k in enumerate(cond)}, {k: len(cond) + row for row, k in enumerate(uncond)}
+        with_prompt, without = (
+            torch.tensor([one[k] if k in one else other[k] for k in range(len(tasks))], device=text.device)
+            for one, other in (at, at[::-1])
+        )
+        scale = torch.tensor(scales, device=text.device)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            t = t.to(x.device, torch.float32).expand(len(tasks))[pictures]
+            v = network(x.to(dtype)[pictures], t, text, mask, **known).float()
+            return flow.guided(v[with_prompt], v[without], scale)
+
+        return velocity
+
+    def _encode(self, prompts: list[str], words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Text (b, l, d) and mask (b, l). A prompt is encoded once and alone: its features know no batch."""
+        for prompt in prompts:
+            if prompt not in words:
+                text, _, _ = encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.device)
+                words[prompt] = text[0].to(_dtype(self.transformer))
+        rows = [words[prompt] for prompt in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=text.device)
+        return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+
+    def truncations(self, tasks: Sequence[Task]) -> list[str]:
+        """A warning for every prompt of which the text encoder reads but the beginning."""
+        found = []
+        for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
+            lost = truncated_words(self.tokenizer, prompt)
+            if lost:
+                found.append(
+                    f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
+                    f"left out: {_ends(lost)!r}"
+                )
+        return found
+
+
+# ------------------------------------------------------------------ parts of a call
+
+
+@dataclass
+class _Progress:
+    """Turns the sampler's on_step into the user's."""
+
+    pipe: Painter
+    on_step: OnStep | None
+    done: int
+    total: int
+
+    def bind(self, times: Tensor) -> flow.OnStep | None:
+        if self.on_step is None:
+            return None
+        on_step = self.on_step
+
+        def report(step: int, _: int, x: Tensor, v: Tensor) -> None:
+            def preview() -> list[Image.Image]:
+                with torch.inference_mode():
+                    return self.pipe.decode(flow.denoised(x, times[step], v))
+
+            if on_step(self.done + step, self.total, preview):
+                raise Cancelled(f"stopped at step {self.done + step} of {self.total}")
+
+        return report
+
+
+def plan_tasks(
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    num_images: int,
+) -> list[Task]:
+    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("the list of prompts is empty: give at least one")
+    negatives = _each(negative or "", "negative prompts", len(prompts))
+    seeds = _each(seed, "seeds", len(prompts))
+    return [
+        Task(
+            check_prompt(words),
+            check_prompt(avoid or "", "negative_prompt"),
+            check_seed(start, num_images) + k,
+        )
+        for words, avoid, start in zip(prompts, negatives, seeds, strict=True)
+        for k in range(num_images)
+    ]
+
+
+def _dtype(network: torch.nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _ends(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def _each(value: Any, name: str, count: int) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{count} prompts but {len(values)} {name}: give one, or one for each prompt")
+    return values
