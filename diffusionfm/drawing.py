@@ -111,7 +111,7 @@ class Painter:
         prompt, negative_prompt, seed: one for all, or a list, one for each prompt. Picture k of a prompt
         uses seed + k; its noise depends on that seed and the size alone, bit for bit, whatever the batch.
         num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
-        height and width 32-1024 in multiples of 16; None takes `defaults`.
+        height and width as in `sizes`; None takes `defaults`.
         on_step(step, total, preview): called after each step, with step and total counted over all batches;
         preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
         batch_size: pictures in a network call. words: encoded prompts, for calls to share.
@@ -142,10 +142,34 @@ class Painter:
         chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
         settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
         check_settings(**settings)
-        unit = self.vae.downsample
+        size = settings["width"], settings["height"]
+        unit, sizes = self.vae.downsample, self.sizes
+        if sizes and size not in sizes:
+            known = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise ValueError(
+                f"this model draws {known} pixels, not {size[0]}x{size[1]}: enlarge a picture with --size"
+            )
         if settings["height"] % unit or settings["width"] % unit:
             raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
         return settings
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (width, height) that it draws, its own and those that its decoder's upscaler gives.
+
+        Empty without an upscaler: then any from 32 to 1024 pixels in multiples of 16, best near those it learned."""
+        own = self.defaults["width"], self.defaults["height"]
+        return [(own[0] * s, own[1] * s) for s in self.vae.scales] if len(self.vae.scales) > 1 else []
+
+    def size_for(self, side: int) -> tuple[int, int]:
+        """The largest of its sizes whose longer side is no longer than `side`, else its own: what to enlarge from."""
+        fitting = [size for size in self.sizes if max(size) <= side]
+        return max(fitting, default=(self.defaults["width"], self.defaults["height"]))
+
+    def scale(self, height: int, width: int) -> int:
+        """How many times larger than its latents' own size a picture is decoded."""
+        sizes = self.sizes
+        return self.vae.scales[sizes.index((width, height))] if sizes else 1
 
     def _draw(
         self,
@@ -161,26 +185,29 @@ class Painter:
         velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
         times = flow.grid(steps, self.defaults["shift"])
         x = self.noise([task.seed for task in tasks], height, width).to(self.device)
-        return self.finish(flow.euler(velocity, x, times, on_step=hook.bind(times)))
+        latents = flow.euler(velocity, x, times, on_step=hook.bind(times))
+        return self.finish(latents, self.scale(height, width))
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
         """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
-        shape = (self.vae.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
+        unit = self.vae.downsample * self.scale(height, width)
+        shape = (self.vae.latent_channels, height // unit, width // unit)
         return torch.stack(
             [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         )
 
-    def finish(self, latents: Tensor) -> list[Image.Image]:
+    def finish(self, latents: Tensor, scale: int = 1) -> list[Image.Image]:
         """Latents at the end of their path to pictures; FloatingPointError where the numbers overflowed."""
         if not bool(torch.isfinite(latents).all()):
             raise FloatingPointError(
                 "the model gave numbers that are not finite: use --dtype float32, or a sound model"
             )
-        return self.decode(latents)
+        return self.decode(latents, scale)
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
-        pixels = self.vae.decode(latents.to(_dtype(self.vae))).float()
+    def decode(self, latents: Tensor, scale: int = 1) -> list[Image.Image]:
+        """Latents (b, c, y, x) to straight-alpha RGBA pictures, `scale` times their own size."""
+        larger = {} if scale == 1 else {"scale": scale}
+        pixels = self.vae.decode(latents.to(_dtype(self.vae)), **larger).float()
         pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(picture, "RGBA") for picture in pixels]
 

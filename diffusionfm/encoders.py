@@ -36,6 +36,7 @@ class _Photographs:
     """
 
     channels = 3
+    scales = (1,)  # decoded as large as encoded
     config: Any
     dtype: torch.dtype
 

@@ -45,12 +45,12 @@ USERS = {"batch", "evaluate", "serve", "finetune"}
 DOORS = {"cli", "train", "demo"}
 DRAWING = {"pipeline", "drawing", "light", "lora"} | USERS
 LOOP = {"trainer", "settings", "resume", "optim", "muon", "ema", "guard", "sharding", "runlog", "runtime"}
-TRAINING = LOOP | {"checkpoint", "objectives"}
+TRAINING = LOOP | {"checkpoint", "objectives", "upscaling"}
 
 FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(PIECES, NETWORKS | TRAINING | DRAWING | DOORS | {"data"}),
     **dict.fromkeys(NETWORKS, TRAINING | DRAWING | DOORS | {"data"}),
-    "objectives": {"trainer", "data"} | DRAWING | DOORS,
+    **dict.fromkeys(("objectives", "upscaling"), {"trainer", "data"} | DRAWING | DOORS),
     **dict.fromkeys(LOOP, NETWORKS | {"objectives", "data", "flow", "attention"} | DRAWING | DOORS),
     "checkpoint": NETWORKS | {"objectives", "data", "trainer"} | DRAWING | DOORS,
     "data": NETWORKS | TRAINING - {"checkpoint"} | DRAWING | DOORS | {"flow", "attention"},

@@ -31,6 +31,8 @@ def generate(args: argparse.Namespace) -> int:
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)
     files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
     pipe = load_pipeline(args, draws_only=True)
+    if args.size is not None and args.width is None and args.height is None:
+        args.width, args.height = pipe.size_for(args.size)
     writable(files[0].parent)
     with StepBar(args.quiet or args.json) as on_step:
         result = pipe(
@@ -193,7 +195,7 @@ def add_settings(command: Parser) -> None:
     )
     command.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
     command.add_argument(
-        "--width", type=int, help="pixels, 32 to 1024, a multiple of 16 (default: the model's)"
+        "--width", type=int, help="pixels to draw, of a size that the model has (default: the model's own)"
     )
     command.add_argument("--height", type=int, help="as --width")
     add_model_options(command, lora="add a LoRA; may be given several times")
@@ -206,7 +208,7 @@ def add_settings(command: Parser) -> None:
     command.add_argument(
         "--size",
         type=int,
-        help="enlarge to this many pixels on the longer side, 16 to 4096 (default: as drawn)",
+        help="pixels on the longer side, 16 to 4096: drawn at the largest size the model has up to that, then enlarged",
     )
     command.add_argument(
         "--no-metadata", action="store_true", help="leave prompt and settings out of the files"

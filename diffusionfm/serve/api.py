@@ -182,6 +182,7 @@ class Service:
             "created": self.began,
             "owned_by": "diffusionfm",
             "defaults": {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")},
+            "sizes": [f"{width}x{height}" for width, height in pipe.sizes],
             "loras": list(pipe.loras),
         }
 

@@ -119,7 +119,7 @@ class Engine:
         check_settings(num_images=request.num_images)
         found = self.pipe.settings(request.steps, request.guidance, request.height, request.width)
         tasks = plan_tasks(request.prompt, request.negative_prompt, request.seed, request.num_images)
-        work = found["height"] * found["width"] * found["steps"] * len(tasks)
+        work = self._pixels(found["height"], found["width"]) * found["steps"] * len(tasks)
         if work > self._most_work:
             raise ValueError(
                 f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
@@ -148,7 +148,11 @@ class Engine:
 
     def _cost(self, job: Job) -> float:
         height, width, _ = job.group
-        return height * width * job.steps * (1 if job.guidance in (0, 1) else 2)
+        return self._pixels(height, width) * job.steps * (1 if job.guidance in (0, 1) else 2)
+
+    def _pixels(self, height: int, width: int) -> int:
+        """Of a picture as its latents' own size is: what a step costs goes by that."""
+        return height * width // self.pipe.scale(height, width) ** 2
 
     # -------------------------------------------------------------- the worker
 
@@ -280,7 +284,8 @@ class Engine:
                 self._fail(job, attempt.error)
         if job.done and not job.future.done():
             latents = torch.stack([picture.x for picture in job.pictures])  # type: ignore[misc]
-            drawn = self._decoder.submit(_finish, self.pipe, latents)
+            height, width, _ = job.group
+            drawn = self._decoder.submit(_finish, self.pipe, latents, self.pipe.scale(height, width))
             drawn.add_done_callback(partial(self._deliver, job))
 
     # -------------------------------------------------------------- how a job ends
@@ -320,8 +325,8 @@ class Engine:
 
 
 @torch.inference_mode()
-def _finish(pipe: DiffusionFMPipeline, latents: Tensor) -> list[Image.Image]:
-    return pipe.finish(latents)
+def _finish(pipe: DiffusionFMPipeline, latents: Tensor, scale: int) -> list[Image.Image]:
+    return pipe.finish(latents, scale)
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:
