@@ -10,10 +10,10 @@ from typing import Any
 
 import gradio as gr
 
+from diffusionfm.drawing import Pictures
 from diffusionfm.edit import VARIATIONS, default_strength, start_from
 from diffusionfm.images import encode_png, read_parameters
 from diffusionfm.inputs import open_picture
-from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.jobs import Request
 
 from .controls import ANNOUNCE

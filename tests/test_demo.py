@@ -23,8 +23,8 @@ from PIL import Image
 from demo import app, cards, request
 from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
+from diffusionfm.drawing import Cancelled
 from diffusionfm.images import format_a1111, read_parameters
-from diffusionfm.pipeline import Cancelled
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, QueueFull, Request
 
