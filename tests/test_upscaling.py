@@ -156,3 +156,19 @@ def test_the_engine_draws_larger_pictures(model):
     finally:
         engine.close()
     assert abs(np.asarray(served, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
+
+
+def test_a_picture_of_a_larger_size_is_set_out_from(model):
+    pipe = DiffusionFMPipeline.from_pretrained(model)
+    picture = pipe("a red apple", seed=3, width=128, height=128).images[0]
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (64, 64, 128, 128))
+    asked = {"width": 128, "height": 128, "seed": 4, "image": picture}
+    near, far = (pipe("", strength=strength, **asked).images[0] for strength in (0.02, 0.9))
+    error = [
+        abs(np.asarray(one, dtype=float) - np.asarray(picture, dtype=float)).mean() for one in (near, far)
+    ]
+    assert near.size == (128, 128) and error[0] < error[1]
+    held = np.asarray(pipe("yellow", mask_image=mask, **asked).images[0])
+    changed = (held != np.asarray(picture)).any(axis=-1)
+    assert changed[64:, 64:].any() and not changed[:64].any() and not changed[:, :64].any()
