@@ -17,7 +17,8 @@ import gradio as gr
 from gradio import processing_utils
 from gradio.utils import get_upload_folder
 
-from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.devices import pick_device
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.pipeline import Cancelled, Pictures, Task
+from diffusionfm.drawing import Cancelled, Pictures, Task
 from diffusionfm.serve.jobs import Request
 
 from . import cards

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionfm.pipeline import Cancelled, Pictures
+from diffusionfm.drawing import Cancelled, Pictures
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 

@@ -8,10 +8,11 @@ import zipfile
 from typing import Any
 
 from diffusionfm import __version__
+from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
 from diffusionfm.images import encode_png, parse_a1111
 from diffusionfm.phrasing import in_style, on_background
-from diffusionfm.pipeline import DiffusionFMPipeline, Pictures
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.pipeline import Pictures
+from diffusionfm.drawing import Pictures
 from diffusionfm.serve.jobs import Request
 
 from .cards import VEIL

@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from diffusionfm.drawing import Pictures
 from diffusionfm.edit import VARIATIONS, default_strength, start_from
 from diffusionfm.images import prompt_in
 from diffusionfm.inputs import contain, open_picture
-from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.jobs import Request
 
 from .cards import veiled

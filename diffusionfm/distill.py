@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from diffusionfm import flow, lora
 from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.drawing import plan_tasks
 from diffusionfm.objectives import FlowMatching
-from diffusionfm.pipeline import DiffusionFMPipeline, plan_tasks
+from diffusionfm.pipeline import DiffusionFMPipeline
 
 ADAPTER = "few_step"
 TARGETS = ["attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "modulation", "patch_in", "patch_out"]

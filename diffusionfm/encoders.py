@@ -16,12 +16,12 @@ from torch import Tensor
 
 from diffusionfm.autoencoder import AutoencoderKL
 from diffusionfm.checks import PICKLES, TEXT_MODELS, read_json, refuse_code
+from diffusionfm.text import LONGEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT = 256  # tokens a prompt may have where a tokenizer sets no limit, or one beyond LONGEST
-LONGEST = 1024
 # What a folder may hold beside the encoder: the rest of the model it was part of.
 OTHER_PARTS = ("decoder.", "lm_head.", "pooler.", "cls.", "score.", "classifier.")
 
@@ -36,6 +36,7 @@ class _Photographs:
     """
 
     channels = 3
+    scales = (1,)  # decoded as large as encoded
     config: Any
     dtype: torch.dtype
 

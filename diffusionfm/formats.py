@@ -7,9 +7,9 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import PurePath
 from typing import Any
-from xml.sax.saxutils import escape
 
 from PIL import Image, ImageColor, ImageFilter
 
@@ -191,4 +191,5 @@ def _notes(parameters: dict[str, Any]) -> str:
     )
     text = json.dumps(parameters, ensure_ascii=True, sort_keys=True)
     origin = f"<metadata>{provenance(parameters)}</metadata>\n"
-    return f"<title>{escape(title)}</title>\n<desc>{escape(text)}</desc>\n{origin}"
+    said = f"<title>{escape(title, quote=False)}</title>\n<desc>{escape(text, quote=False)}</desc>\n"
+    return said + origin

@@ -8,9 +8,9 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.sax.saxutils import escape
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
@@ -131,7 +131,7 @@ def provenance(parameters: dict[str, Any]) -> str:
     """RDF as XMP has it: that the picture is of a trained model, and of which tool."""
     tool = f"DiffusionFM {parameters.get('version', '')}".strip()
     source = EDITED_TYPE if "strength" in parameters else SOURCE_TYPE
-    return _RDF.format(source=source, tool=escape(tool, {'"': "&quot;"}))
+    return _RDF.format(source=source, tool=escape(tool))
 
 
 def _xmp(parameters: dict[str, Any]) -> str:

@@ -1,99 +1,34 @@
-"""A prompt becomes pictures: the pipeline that holds the networks, loads and saves them, and draws.
-
-Axes: b pictures in one network call, l tokens, d text width, c channels, y x rows and columns.
-"""
+"""The pipeline as diffusers knows it: loaded from a folder, saved to one, adapted; `drawing.Painter` is what draws."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from diffusionfm import __version__, flow
-from diffusionfm.checks import (
-    COMPONENTS,
-    DEFAULTS,
-    WEIGHTS,
-    check_checksums,
-    check_model,
-    check_prompt,
-    check_seed,
-    check_settings,
-    model_hash,
-    read_defaults,
-    read_json,
-    write_checksums,
-)
-from diffusionfm.edit import Start, cells, start_from
+from diffusionfm.checks import COMPONENTS, DEFAULTS, check_model, model_hash, read_json, write_checksums
+from diffusionfm.devices import default_dtype, parse_dtype
+from diffusionfm.drawing import Cancelled, Painter
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
-from diffusionfm.images import on_background, write_atomic
-from diffusionfm.inputs import Source
-from diffusionfm.text import encode_prompts, truncated_words
-from diffusionfm.vocabulary import FILE, Vocabulary
+from diffusionfm.images import write_atomic
+from diffusionfm.vocabulary import FILE
 
-DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
-BATCH_SIZE = {"cpu": 8, "mps": 8, "cuda": 32}
-
-OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], bool | None]
+__all__ = ["Cancelled", "DiffusionFMPipeline", "build_pipeline"]
 
 
-class Cancelled(Exception):
-    """Drawing was stopped because `on_step` returned True."""
-
-
-@dataclass
-class Pictures:
-    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know.
-
-    flagged: words of the prompt that a server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
-    """
-
-    images: list[Image.Image] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    flagged: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Task:
-    """One picture to draw."""
-
-    prompt: str
-    negative: str
-    seed: int
-
-
-class DiffusionFMPipeline(DiffusionPipeline):
-    """Text to transparent pictures by flow matching (arXiv:2210.02747) with classifier-free guidance.
-
-    `defaults` holds steps, guidance, height, width and shift, read from the folder's generation.json.
-    Weights may be bfloat16; latents are stepped, and pictures decoded, in float32.
-    """
+class DiffusionFMPipeline(DiffusionPipeline, Painter):
+    """Text to transparent pictures: a `Painter` that loads, saves, moves and adapts as diffusers' pipelines do."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, scheduler: Any):
-        super().__init__()
+        DiffusionPipeline.__init__(self)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -101,17 +36,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
             transformer=transformer,
             scheduler=scheduler,
         )
-        self.defaults: dict[str, Any] = dict(DEFAULTS)
-        self.model_name = "unnamed"
-        self.loras: dict[str, float] = {}
-        self.lora_sources: dict[str, Path] = {}
+        Painter.__init__(self, vae, text_encoder, tokenizer, transformer)
         self._base: str | None = None  # base_hash, once it was asked for
-        self.fast = False
-        self.vocabulary: Vocabulary | None = None  # of a model whose folder lists its words
-        for network in (vae, text_encoder, transformer):
-            network.eval()
-
-    # -------------------------------------------------------------- loading and saving
 
     @classmethod
     def from_pretrained(
@@ -134,17 +60,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
         index = read_json(folder / "model_index.json")
         with _quiet():
             parts = {name: _load(folder / name, name, index[name][1], kind) for name in COMPONENTS}
-        check_checksums(folder)
-        _check_finite(folder, parts)
         pipe = cls(**parts)
-        pipe.defaults, pipe.model_name = read_defaults(folder), folder.resolve().name
-        pipe.fast = fast
-        if fast:
-            from diffusionfm.lora import merge_few_step
-
-            pipe.defaults |= merge_few_step(pipe.transformer, folder)
-            pipe.model_name += "-fast"
-        pipe.vocabulary = Vocabulary.read(folder / FILE)
+        pipe.adopt(folder, fast)
         pipe.register_to_config(_name_or_path=str(folder))
         return pipe.to(where)
 
@@ -187,297 +104,8 @@ class DiffusionFMPipeline(DiffusionPipeline):
             self._base = model_hash(folder) if (folder / "model_index.json").is_file() else ""
         return self._base
 
-    def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
-        digest = hashlib.sha256()
-        for name in WEIGHTS:
-            for key, value in sorted(getattr(self, name).state_dict().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:12]
 
-    def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What the file of a picture says of how it was made.
-
-        settings: negative_prompt, steps, guidance, size, and strength where it was drawn from a picture.
-        """
-        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
-        said["guidance"] = float(said["guidance"])
-        if self.loras:
-            said["lora"] = [f"{name}:{scale:g}" for name, scale in self.loras.items()]
-        return {name: value for name, value in said.items() if value != ""}
-
-    # -------------------------------------------------------------- drawing
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images: int = 1,
-        seed: int | Sequence[int] = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int | None = None,
-        words: dict[str, Tensor] | None = None,
-        image: Source | None = None,
-        mask_image: Source | None = None,
-        strength: float | None = None,
-    ) -> Pictures:
-        """Draw `num_images` pictures of every prompt, prompt by prompt.
-
-        prompt, negative_prompt, seed: one for all, or a list, one for each prompt. Picture k of a prompt
-        uses seed + k; its noise depends on that seed and the size alone, bit for bit, whatever the batch.
-        num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
-        height and width 32-1024 in multiples of 16; None takes `defaults`.
-        on_step(step, total, preview): called after each step, with step and total counted over all batches;
-        preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
-        batch_size: pictures in a network call. words: encoded prompts, for calls to share.
-        image: a picture to set out from, in place of noise alone; the prompt may then be "". strength: how far to
-        leave it, 0.01-1. mask_image: white where to draw anew; the rest stays as it is (`edit.start_from` says more).
-        Raises ValueError, before any work, for what cannot
-        be drawn, and FloatingPointError when the model's numbers overflow.
-        """
-        settings = self.settings(num_inference_steps, guidance_scale, height, width)
-        check_settings(num_images=num_images)
-        check_settings(num_images=batch_size)
-        if image is None and (mask_image is not None or strength is not None):
-            raise ValueError("a mask or a strength needs a picture to set out from: give image")
-        start = None
-        if image is not None:
-            start = start_from(image, settings["width"], settings["height"], strength, mask_image)
-        tasks = plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None)
-        batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
-        groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
-        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
-        words = {} if words is None else words
-        times = flow.grid(settings["steps"], self.defaults["shift"], start.strength if start else 1.0)
-        steps = len(times) - 1
-        for number, group in enumerate(groups):
-            hook = _Progress(self, on_step, number * steps, len(groups) * steps, times)
-            result.images += self._draw(
-                group, words, hook, settings["guidance"], settings["height"], settings["width"], start
-            )
-        return result
-
-    def settings(
-        self,
-        steps: int | None = None,
-        guidance: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> dict[str, Any]:
-        """Steps, guidance, height and width, `defaults` for None; ValueError for what cannot be drawn."""
-        chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
-        settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
-        check_settings(**settings)
-        unit = self.vae.downsample
-        if settings["height"] % unit or settings["width"] % unit:
-            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
-        return settings
-
-    def _draw(
-        self,
-        tasks: list[Task],
-        words: dict[str, Tensor],
-        hook: _Progress,
-        guidance: float,
-        height: int,
-        width: int,
-        start: Start | None,
-    ) -> list[Image.Image]:
-        velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
-        x, held = self.begin([task.seed for task in tasks], height, width, hook.times[0], start)
-        if held is not None:
-            velocity = flow.held(velocity, *held)
-        return self.finish(flow.euler(velocity, x, hook.times, on_step=hook.bind()), start)
-
-    def begin(
-        self, seeds: Sequence[int], height: int, width: int, t: Tensor, start: Start | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Where pictures of these seeds are at the first time t: x (b, c, y, x), and what `flow.held` takes of a mask.
-
-        That is noise, and with a start the picture's latent with noise over it.
-        """
-        noise = self.noise(seeds, height, width).to(self.device)
-        if start is None:
-            return noise, None
-        latent = self.encode(start.picture)
-        x = flow.interpolate(latent, noise, t)
-        if start.mask is None:
-            return x, None
-        free = torch.from_numpy(cells(start.mask, self.vae.downsample)).to(self.device)
-        return x, (flow.velocity(latent, noise), free.expand_as(noise))
-
-    def encode(self, image: Image.Image) -> Tensor:
-        """The latent (1, c, y, x) of an RGBA picture; a model without alpha sees it on white."""
-        seen = image if self.vae.channels == 4 else on_background(image, "#ffffff")
-        pixels = torch.from_numpy(np.asarray(seen).copy()).to(self.device).permute(2, 0, 1)[None]
-        return self.vae.encode(pixels.float() / 255).float()
-
-    def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
-        """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
-        shape = (self.vae.latent_channels, height // self.vae.downsample, width // self.vae.downsample)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
-
-    def finish(self, latents: Tensor, start: Start | None = None) -> list[Image.Image]:
-        """Latents at the end of their path to pictures, joined to what a mask kept of the start.
-
-        FloatingPointError where the numbers overflowed.
-        """
-        if not bool(torch.isfinite(latents).all()):
-            raise FloatingPointError(
-                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
-            )
-        drawn = self.decode(latents)
-        return drawn if start is None else [start.merge(image) for image in drawn]
-
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (b, c, y, x) to straight-alpha RGBA pictures."""
-        pixels = self.vae.decode(latents.to(self.vae.dtype)).float()
-        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture, "RGBA") for picture in pixels]
-
-    def velocity(
-        self, tasks: Sequence[Task], scales: Sequence[float], words: dict[str, Tensor]
-    ) -> flow.VelocityFn:
-        """The guided velocity field of these pictures: x (b, c, y, x) and t, scalar or (b,) -> v as x, float32.
-
-        scales: the guidance of each. words: features by prompt, filled as prompts are met. One network call holds
-        the rows with the prompt, then those with the negative; guidance 1 does without the latter, 0 without the
-        former. A prompt that is the negative one has no use for guidance. What attention reads of a prompt is computed
-        once here, however many rows have it.
-        """
-        same = [task.prompt == task.negative for task in tasks]
-        scales = [1.0 if alike else scale for alike, scale in zip(same, scales, strict=True)]
-        cond = [k for k, scale in enumerate(scales) if scale != 0]
-        uncond = [k for k, scale in enumerate(scales) if scale != 1]
-        prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
-        once = list(dict.fromkeys(prompts))
-        text, mask = self._encode(once, words)
-        rows = torch.tensor([once.index(prompt) for prompt in prompts], device=text.device)
-        network, dtype = self.transformer, self.transformer.dtype
-        read = getattr(network, "text_keys_values", None)
-        known = {} if read is None else {"text_kv": [(k[rows], v[rows]) for k, v in read(text)]}
-        text, mask = text[rows], mask[rows]
-
-        pictures = torch.tensor(cond + uncond, device=text.device)
-        at = {k: row for row, k in enumerate(cond)}, {k: len(cond) + row for row, k in enumerate(uncond)}
-        with_prompt, without = (
-            torch.tensor([one[k] if k in one else other[k] for k in range(len(tasks))], device=text.device)
-            for one, other in (at, at[::-1])
-        )
-        scale = torch.tensor(scales, device=text.device)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            t = t.to(x.device, torch.float32).expand(len(tasks))[pictures]
-            v = network(x.to(dtype)[pictures], t, text, mask, **known).float()
-            return flow.guided(v[with_prompt], v[without], scale)
-
-        return velocity
-
-    def _encode(self, prompts: list[str], words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Text (b, l, d) and mask (b, l). A prompt is encoded once and alone: its features know no batch."""
-        for prompt in prompts:
-            if prompt not in words:
-                text, _, _ = encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.device)
-                words[prompt] = text[0].to(self.transformer.dtype)
-        rows = [words[prompt] for prompt in prompts]
-        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows], device=text.device)
-        return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
-
-    def advice(self, tasks: Sequence[Task], loras: Iterable[str] = ()) -> list[str]:
-        """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
-
-        loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
-        from any thread."""
-        found = []
-        for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
-            lost = truncated_words(self.tokenizer, prompt)
-            if lost:
-                found.append(
-                    f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
-                    f"left out: {_ends(lost)!r}"
-                )
-            if self.vocabulary is not None and not list(loras):
-                found += self.vocabulary.advice(prompt.removesuffix(lost))
-        return list(dict.fromkeys(found))
-
-
-# ------------------------------------------------------------------ parts of a call
-
-
-@dataclass
-class _Progress:
-    """Turns the sampler's on_step into the user's."""
-
-    pipe: DiffusionFMPipeline
-    on_step: OnStep | None
-    done: int
-    total: int
-    times: Tensor
-
-    def bind(self) -> flow.OnStep | None:
-        if self.on_step is None:
-            return None
-        on_step, times = self.on_step, self.times
-
-        def report(step: int, _: int, x: Tensor, v: Tensor) -> None:
-            def preview() -> list[Image.Image]:
-                with torch.inference_mode():
-                    return self.pipe.decode(flow.denoised(x, times[step], v))
-
-            if on_step(self.done + step, self.total, preview):
-                raise Cancelled(f"stopped at step {self.done + step} of {self.total}")
-
-        return report
-
-
-def plan_tasks(
-    prompt: str | Sequence[str],
-    negative: str | Sequence[str] | None,
-    seed: int | Sequence[int],
-    num_images: int,
-    silent: bool = False,
-) -> list[Task]:
-    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn.
-
-    silent: whether a prompt may be "", as it may where there is a picture to set out from.
-    """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("the list of prompts is empty: give at least one")
-    negatives = _each(negative or "", "negative prompts", len(prompts))
-    seeds = _each(seed, "seeds", len(prompts))
-    return [
-        Task(
-            "" if silent and words == "" else check_prompt(words),
-            check_prompt(avoid or "", "negative_prompt"),
-            check_seed(start, num_images) + k,
-        )
-        for words, avoid, start in zip(prompts, negatives, seeds, strict=True)
-        for k in range(num_images)
-    ]
-
-
-def _ends(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
-def _each(value: Any, name: str, count: int) -> list[Any]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{count} prompts but {len(values)} {name}: give one, or one for each prompt")
-    return values
-
-
-# ------------------------------------------------------------------ devices and loading
+# ------------------------------------------------------------------ building and loading
 
 
 def build_pipeline(
@@ -491,32 +119,6 @@ def build_pipeline(
     pipe = DiffusionFMPipeline(vae, text_encoder, tokenizer, transformer, scheduler)
     pipe.defaults = defaults
     return pipe
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A torch dtype from its name; None for "auto"."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it, float32 elsewhere: on a CPU pictures then agree whatever the batch."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name: auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps; ValueError if absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found.get(kind):
-        raise ValueError(f"no device {name!r} here: use {', '.join(k for k, v in found.items() if v)}")
-    return torch.device(name)
 
 
 def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
@@ -538,16 +140,6 @@ def _load(folder: Path, name: str, class_name: str, dtype: torch.dtype) -> Any:
     from diffusionfm.transformer import DiffusionTransformer
 
     return load_whole(DiffusionTransformer, folder, torch_dtype=dtype)
-
-
-def _check_finite(folder: Path, parts: Mapping[str, Any]) -> None:
-    """ValueError for a weight that is no number: it would spoil every picture."""
-    for name, file in WEIGHTS.items():
-        for key, value in parts[name].named_parameters():
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{folder / name / file}: {key} holds values that are no numbers: copy it again"
-                )
 
 
 class _quiet:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, START, END = "<pad>", "<s>", "</s>"
+LONGEST = 1024  # tokens a prompt may have at most, whatever the tokenizer says
 # Fast tokenizers keep truncation and padding as state: two threads in one would raise "Already borrowed".
 _TOKENIZING = threading.Lock()
 

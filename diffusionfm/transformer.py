@@ -7,24 +7,36 @@ Axes: b batch, l tokens (the image's unless said otherwise), h heads, d head wid
       y x rows and columns of tokens, p q those of pixels within a patch, n parts of a projection.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attention
 
+if TYPE_CHECKING:
+    from .models import DiffusionTransformer as DiffusionTransformer
+
 KeyValue = tuple[Tensor, Tensor]  # the text's k and v for one attention, (b, l, h, d) each
 LEAST_TIME = 0.05  # x0 prediction divides by the time, but by no less than this (JiT)
 
 
-class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+def __getattr__(name: str) -> Any:
+    if name == "DiffusionTransformer":  # loads diffusers, which drawing does without
+        from . import models
+
+        return models.DiffusionTransformer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class TransformerNetwork(nn.Module):
     """DiT with read-only text, RMSNorm, QK-norm, SwiGLU, axial RoPE and one AdaLN shared by all blocks.
 
     (DiT: arXiv:2212.09748; AdaLN-single: PixArt-alpha, arXiv:2310.00426.)
@@ -55,7 +67,8 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks = ["TransformerBlock"]
     lora_targets = ["attention.qkv", "attention.text_kv", "attention.out", "mlp.gate_up", "mlp.down"]
 
-    @register_to_config
+    _gradient_checkpointing_func: Callable  # set by diffusers' enable_gradient_checkpointing
+
     def __init__(
         self,
         in_channels: int = 16,
@@ -78,6 +91,8 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if width % (4 * heads):
             raise ValueError(f"width {width} must be a multiple of 4 x heads = {4 * heads}")
         self.gradient_checkpointing = False
+        self.patch, self.grid, self.registers, self.prediction = patch, grid, registers, prediction
+        self.head_width = width // heads
         self.route = None if route is None else Route.of(depth, route)
         self.patch_in = nn.Linear(in_channels * patch**2, width)
         self.text_in = TextProjection(text_dim, width, registers)
@@ -98,7 +113,7 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_kv: `text_keys_values(text)`, to save computing it at every sampling step. Any rows and columns
         divisible by the patch will do; ValueError otherwise.
         """
-        p, rows, columns = self.config.patch, *x.shape[-2:]
+        p, rows, columns = self.patch, *x.shape[-2:]
         if rows % p or columns % p:
             raise ValueError(f"a latent of {rows}x{columns} does not cut into patches; use multiples of {p}")
         rows, columns = rows // p, columns // p
@@ -107,15 +122,15 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_kv = text_kv or self._read(text)
         modulation = self.modulation(F.silu(self.condition(t, text, mask)))
         modulation = rearrange(modulation, "b (n w) -> n b 1 w", n=6)
-        rope = axial_rope(rows, columns, self.config.width // self.config.heads, self.config.grid, x.device)
-        keys = F.pad(mask, (0, self.config.registers + rows * columns), value=True)
+        rope = axial_rope(rows, columns, self.head_width, self.grid, x.device)
+        keys = F.pad(mask, (0, self.registers + rows * columns), value=True)
 
         h = self.patch_in(rearrange(x, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
         h = self._through(list(zip(self.blocks, text_kv, strict=True)), h, modulation, keys, rope, self.route)
         shift, scale = (modulation[:2] + self.final_bias).to(h.dtype)
         h = self.patch_out(modulate(h, shift, scale))
         out = rearrange(h, "b (y x) (c p q) -> b c (y p) (x q)", y=rows, p=p, q=p)
-        if self.config.prediction == "velocity":
+        if self.prediction == "velocity":
             return out
         return (x - out) / t.clamp(min=LEAST_TIME)[:, None, None, None].type_as(x)
 
@@ -126,7 +141,7 @@ class DiffusionTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         modulation: Tensor,
         keys: Tensor,
         rope: Tensor,
-        route: "Route | None" = None,
+        route: Route | None = None,
     ) -> Tensor:
         """h after the blocks; with a route, while training, some of its tokens skip some of them."""
         if route and self.training:
@@ -184,7 +199,7 @@ class Route:
     end: int
 
     @classmethod
-    def of(cls, depth: int, given: dict) -> "Route":
+    def of(cls, depth: int, given: dict) -> Route:
         """The route that a config gives to a network of `depth` blocks; ValueError if it leads nowhere."""
         if set(given) != {"share", "start", "end"}:
             raise ValueError(

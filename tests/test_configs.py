@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {
     "tokenizer": ("tokenizer", "TokenizerConfig"),
     "vae": ("vae", "VAEConfig"),
+    "upscaler": ("upscaler", "UpscalerConfig"),
     "text_encoder": ("text_encoder", "TextEncoderConfig"),
     "precompute": ("precompute", "PrecomputeConfig"),
     "denoiser": ("denoiser", "DenoiserConfig"),
@@ -47,6 +48,7 @@ def test_a_stage_reads_what_the_one_before_writes(family):
     shards = {read(family, name).shards for name in ("tokenizer", "precompute")}
     shards |= {read(family, name).data.shards for name in ("vae", "text_encoder")}
     assert len(shards) == 1
+    assert read(family, "upscaler").vae == f"{made['vae']}/vae"
     assert read(family, "precompute").vae == f"{made['vae']}/vae"
     assert read(family, "text_encoder").tokenizer == f"{made['tokenizer']}/tokenizer"
     for name in ("denoiser", "unet"):

@@ -23,9 +23,9 @@ from PIL import Image
 from demo import app, cards, grid, request, shelf
 from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
+from diffusionfm.drawing import Cancelled, Pictures
 from diffusionfm.edit import start_from
 from diffusionfm.images import format_a1111, read_parameters
-from diffusionfm.pipeline import Cancelled, Pictures
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, QueueFull, Request
 

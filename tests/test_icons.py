@@ -359,6 +359,16 @@ def test_a_small_corpus_end_to_end(corpus, tmp_path):
     assert (tmp_path / "out/00000.tar").read_bytes() == (tmp_path / "again/00000.tar").read_bytes()
 
 
+def test_a_few_larger_pictures_of_the_corpus(corpus, tmp_path):
+    path, _ = corpus
+    report = build(path, tmp_path / "whole", workers=1)
+    few = build(path, tmp_path / "few", workers=1, size=64, limit=3, vectors_only=True)
+    assert 0 < few.pictures <= 3 < report.pictures
+    larger = {s["meta"]["name"]: s["picture"].size for s in ShardDataset(tmp_path / "few")}
+    known = {s["meta"]["name"]: s["meta"]["split"] for s in ShardDataset(tmp_path / "whole")}
+    assert set(larger.values()) == {(64, 64)} and set(larger) < set(known)
+
+
 def test_a_licence_that_is_not_permissive_stops_the_build(corpus, tmp_path):
     path, iconify = corpus
     write_json(iconify / "json/things.json", iconify_set({"box": SQUARE.format("#00f")}, "CC-BY-NC-4.0"))

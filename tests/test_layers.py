@@ -44,25 +44,26 @@ PIECES = {
     "gpus",
     "outlines",
     "vocabulary",
+    "devices",
 }
-NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders"}
+NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders", "models"}
 USERS = {"batch", "evaluate", "serve", "finetune", "distill"}
 DOORS = {"cli", "train", "demo"}
-DRAWING = {"pipeline", "lora"} | USERS
+DRAWING = {"pipeline", "drawing", "light", "lora"} | USERS
 LOOP = {"trainer", "settings", "resume", "optim", "muon", "ema", "guard", "sharding", "runlog", "runtime"}
-TRAINING = LOOP | {"checkpoint", "objectives"}
+TRAINING = LOOP | {"checkpoint", "objectives", "upscaling"}
 
 FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(PIECES, NETWORKS | TRAINING | DRAWING | DOORS | {"data"}),
     **dict.fromkeys(NETWORKS, TRAINING | DRAWING | DOORS | {"data"}),
-    "objectives": {"trainer", "data"} | DRAWING | DOORS,
+    **dict.fromkeys(("objectives", "upscaling"), {"trainer", "data"} | DRAWING | DOORS),
     **dict.fromkeys(LOOP, NETWORKS | {"objectives", "data", "flow", "attention"} | DRAWING | DOORS),
     "checkpoint": NETWORKS | {"objectives", "data", "trainer"} | DRAWING | DOORS,
     "data": NETWORKS | TRAINING - {"checkpoint"} | DRAWING | DOORS | {"flow", "attention"},
     "precompute": TRAINING - {"checkpoint"} | DRAWING | DOORS,
     "trace": NETWORKS | DRAWING | DOORS | {"data"},
     "plan": DRAWING | DOORS,
-    "pipeline": TRAINING | USERS | DOORS | {"data"},
+    **dict.fromkeys(("drawing", "light", "pipeline"), TRAINING | USERS | DOORS | {"data"}),
     "batch": TRAINING | DOORS | {"finetune", "serve"},  # data: its shards are written as data writes them
     "evaluate": DOORS | {"trainer", "finetune", "serve"},
     "serve": TRAINING | DOORS | {"data", "evaluate"},

@@ -23,6 +23,7 @@ SHORT = ("trainer.steps=2", "trainer.batch_size=2", "trainer.grad_accum=2", "tra
 CONFIGS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "tokenizer": ("tokenizer", (), ()),
     "vae": ("vae", (), (*SHORT, "validation_pictures=4", "statistics_pictures=4")),
+    "upscaler": ("upscaler", ("vae",), (*SHORT, "validation_pictures=2")),
     "text_encoder": ("text_encoder", ("tokenizer",), (*SHORT, "candidates=4")),
     "precompute": ("precompute", ("vae",), ()),
 }
@@ -43,6 +44,8 @@ class House:
         for name in ("train", "configs"):
             (root / name).symlink_to(ROOT / name)
         build_shapes(root / "runs/tiny/shards", count=60)
+        for larger in ("runs/tiny/shards-128", "data/icons-512"):
+            build_shapes(root / larger, count=60, size=128)
         with ShardWriter(root / "data/icons") as writer:
             for k, (key, picture, caption, meta) in enumerate(shape_samples(100, 64, seed=0)):
                 writer.write(key, picture, caption, {**meta, "source": SOURCES[k % len(SOURCES)]})
@@ -89,16 +92,17 @@ def test_every_shipped_config_runs(house, config):
     assert [line["step"] for line in lines] == [1, 2]
     assert any(key.startswith("heldout_") for key in lines[-1])
     assert any((run / "tensorboard").iterdir())
-    weights = {"vae": "vae", "text_encoder": "text_encoder"}.get(name, "transformer")
+    weights = {"vae": "vae", "upscaler": "vae", "text_encoder": "text_encoder"}.get(name, "transformer")
     assert (run / weights / "config.json").is_file() and (run / f"{weights}.safetensors").is_file()
-    if name in ("vae", "denoiser", "unet"):
+    if name in ("vae", "upscaler", "denoiser", "unet"):
         assert (run / "samples/0000002.png").is_file()
-    if name in ("vae", "text_encoder"):
+    if name in ("vae", "upscaler", "text_encoder"):
         assert json.loads((run / "report.json").read_text())["step"] == 2
 
 
 @pytest.mark.parametrize(
-    "config", [c for c in ALL if CONFIGS[c.split("/")[1]][0] in ("vae", "text_encoder", "denoiser")]
+    "config",
+    [c for c in ALL if CONFIGS[c.split("/")[1]][0] in ("vae", "upscaler", "text_encoder", "denoiser")],
 )
 def test_a_run_goes_on(house, config, tmp_path):
     recipe, _, overrides = CONFIGS[config.split("/")[1]]
@@ -168,7 +172,7 @@ def refuses(house, capsys):
     return run
 
 
-@pytest.mark.parametrize("recipe", ["tokenizer", "vae", "text_encoder", "precompute", "denoiser"])
+@pytest.mark.parametrize("recipe", ["tokenizer", "vae", "upscaler", "text_encoder", "precompute", "denoiser"])
 def test_an_unknown_key_and_a_wrong_type(refuses, recipe):
     config = f"configs/tiny/{recipe}.yaml"
     assert "trainer.steps" in refuses(recipe, config, "trainer.stepz=3")

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from diffusionfm.checks import SHIPPED
+from diffusionfm.drawing import Task
 from diffusionfm.phrasing import words_in
-from diffusionfm.pipeline import DiffusionFMPipeline, Task
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 from diffusionfm.vocabulary import FILE, Vocabulary, learned_words

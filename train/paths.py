@@ -13,9 +13,10 @@ from tqdm import tqdm
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import DataConfig, latent_batches
+from diffusionfm.devices import pick_device
 from diffusionfm.distill import teacher_path
 from diffusionfm.images import write_atomic
-from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.pipeline import DiffusionFMPipeline
 
 
 @dataclass

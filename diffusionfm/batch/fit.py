@@ -25,12 +25,13 @@ def batch_size(device: torch.device, needs: int) -> int:
 
 def picture_bytes(pipe: DiffusionFMPipeline, width: int, height: int, copies: int) -> int:
     """Bytes that one more picture of a call holds at its peak, in the denoiser, `copies` times, or in the decoder."""
-    unit, channels = pipe.vae.downsample, pipe.vae.latent_channels
+    scale, channels = pipe.scale(height, width), pipe.vae.latent_channels
+    unit, larger = pipe.vae.downsample * scale, {} if scale == 1 else {"scale": scale}
     tokens = min(TOKENS, pipe.tokenizer.model_max_length)  # some tokenizers say 10**30
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), torch.device(pipe.device):
         x = torch.empty(1, channels, height // unit, width // unit)
         with Trace() as decoding:
-            pipe.vae.decode(x.to(pipe.vae.dtype))
+            pipe.vae.decode(x.to(pipe.vae.dtype), **larger)
         dtype = pipe.transformer.dtype
         text = torch.empty(copies, tokens, pipe.text_encoder.config.hidden_size, dtype=dtype)
         mask = torch.ones(copies, tokens, dtype=torch.bool)

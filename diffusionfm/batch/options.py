@@ -94,6 +94,8 @@ class Options:
     def run(self, pipe: DiffusionFMPipeline) -> Run:
         """The options with a model's defaults."""
         chosen = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
+        if self.size is not None and self.width is None and self.height is None:
+            chosen["width"], chosen["height"] = pipe.size_for(self.size)
         settings = {name: pipe.defaults[name] if value is None else value for name, value in chosen.items()}
         settings["negative_prompt"] = self.negative_prompt
         output = {"to": self.to, **self.finish.settings()}

@@ -67,7 +67,8 @@ class Plan:
         fixed = max(0.0, short - SHORT * step)
         self.seconds = 0.0
         for (n, scale, wide, high), pictures in self.shapes.items():
-            area = wide * high / (width * height)
+            larger = drawer.pipe.scale(high, wide) / drawer.pipe.scale(height, width)
+            area = wide * high / (width * height) / larger**2
             copies = (1 if scale == 1 else 2) / (1 if guidance == 1 else 2)
             self.seconds += pictures / self.batch_size * area * (fixed + n * copies * step)
 

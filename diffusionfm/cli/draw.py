@@ -11,6 +11,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ def generate(args: argparse.Namespace) -> int:
     _check_start(args)
     finish = Finish(pick_format(args.output, args.format), args.background, args.size)
     files = output_files(args.output, args.prompt, args.seed, args.n, finish.suffix)
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args, draws_only=True)
+    if args.size is not None and args.width is None and args.height is None:
+        args.width, args.height = pipe.size_for(args.size)
     writable(files[0].parent)
     with StepBar(args.quiet or args.json) as on_step:
         result = pipe(
@@ -138,23 +142,39 @@ def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     return {**settings, "negative_prompt": args.negative}
 
 
-def load_pipeline(args: argparse.Namespace) -> Any:
-    """The pipeline that --model, --device, --dtype and --lora ask for, checked before torch is imported."""
+def load_pipeline(args: argparse.Namespace, draws_only: bool = False) -> Any:
+    """The pipeline that --model, --fast, --device, --dtype and --lora ask for, checked before torch is imported.
+
+    draws_only: a `Painter` will do, which starts in a third of the time."""
     check_settings(
         steps=args.steps, guidance=args.guidance, height=args.height, width=args.width, num_images=args.n
     )
     check_model(args.model)
     loras = [parse_lora(text) for text in args.lora]
-    gc.disable()  # a third of the start-up is collections over the thousands of modules that stay anyway
-    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+    with _uncollected():
+        from diffusionfm.devices import pick_device
 
-    gc.freeze()
-    gc.enable()
-    pipe = DiffusionFMPipeline.from_pretrained(
-        args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
-    )
-    load_loras(pipe, loras, args.lora_any)
+        if draws_only and not loras:
+            from diffusionfm.light import open_painter as load
+        else:
+            from diffusionfm.pipeline import DiffusionFMPipeline
+
+            load = DiffusionFMPipeline.from_pretrained
+    pipe: Any = load(args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast)
+    if loras:
+        load_loras(pipe, loras, args.lora_any)
     return pipe
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without collecting garbage: a third of a start-up goes over thousands of modules that stay anyway."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -240,7 +260,7 @@ def add_settings(command: Parser) -> None:
     )
     command.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
     command.add_argument(
-        "--width", type=int, help="pixels, 32 to 1024, a multiple of 16 (default: the model's)"
+        "--width", type=int, help="pixels to draw, of a size that the model has (default: the model's own)"
     )
     command.add_argument("--height", type=int, help="as --width")
     add_model_options(command, lora="add a LoRA; may be given several times")
@@ -253,7 +273,7 @@ def add_settings(command: Parser) -> None:
     command.add_argument(
         "--size",
         type=int,
-        help="enlarge to this many pixels on the longer side, 16 to 4096 (default: as drawn)",
+        help="pixels on the longer side, 16 to 4096: drawn at the largest size the model has up to that, then enlarged",
     )
     command.add_argument(
         "--no-metadata", action="store_true", help="leave prompt and settings out of the files"

@@ -22,10 +22,11 @@ def evaluate(args: argparse.Namespace) -> int:
     if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise ValueError(f"the scorecard needs {', '.join(missing)}: pip install 'diffusionfm[eval]'")
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    from diffusionfm.devices import pick_device
     from diffusionfm.evaluate.page import page, said
     from diffusionfm.evaluate.scorecard import evaluate as run
     from diffusionfm.images import write_atomic
-    from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+    from diffusionfm.pipeline import DiffusionFMPipeline
 
     pipe = DiffusionFMPipeline.from_pretrained(
         folder, dtype=args.dtype, device=pick_device(args.device), fast=args.fast

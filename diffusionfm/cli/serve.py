@@ -34,7 +34,8 @@ def serve(args: argparse.Namespace) -> int:
     from diffusionfm.serve.server import listen
 
     with listen(args.host, args.port) as listener:
-        from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+        from diffusionfm.devices import pick_device
+        from diffusionfm.pipeline import DiffusionFMPipeline
 
         pipe = DiffusionFMPipeline.from_pretrained(
             args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from diffusionfm.checks import check_settings
 from diffusionfm.cli.parts import CAPTIONS_HELP, ItemBar, add_command
 from diffusionfm.data.captions import CHOICES
 
@@ -18,7 +19,15 @@ def shards_build(args: argparse.Namespace) -> int:
         raise ValueError(f"no such config: {args.config} (the corpus is configs/data/icons.yaml)")
     from diffusionfm.data.icons import build
 
-    report = build(args.config, args.out, progress=ItemBar("picture"))
+    if args.size is not None:
+        check_settings(width=args.size)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit is how many drawings to take, 1 or more, got {args.limit}")
+    asked = {"size": args.size, "limit": args.limit, "vectors_only": args.vectors or None}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    if args.limit is not None:
+        changes["compositions"] = None
+    report = build(args.config, args.out, progress=ItemBar("picture"), **changes)
     print(f"{report.samples:,} samples of {report.pictures:,} pictures: {args.out}")
     return 0
 
@@ -118,6 +127,11 @@ def add_shards(commands: Any) -> None:
     )
     command.add_argument("config", type=Path, help="configs/data/icons.yaml")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument("--size", type=int, help="pixels a side (default: the config's)")
+    command.add_argument(
+        "--limit", type=int, help="only this many drawings of all sources, and no compositions"
+    )
+    command.add_argument("--vectors", action="store_true", help="leave out drawings that are pixels already")
     command = add_command(
         kinds,
         "pack",

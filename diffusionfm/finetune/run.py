@@ -18,6 +18,7 @@ from diffusionfm.data.captions import TRIGGER
 from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
+from diffusionfm.devices import pick_device
 from diffusionfm.finetune import pictures
 from diffusionfm.finetune.judge import Judge
 from diffusionfm.finetune.methods import build
@@ -31,7 +32,7 @@ from diffusionfm.finetune.settings import (
     check_settings,
     load_preset,
 )
-from diffusionfm.pipeline import DiffusionFMPipeline, pick_device
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import Trainer
 
 Progress = Callable[[int, int, float], object]  # (step, steps, loss); True stops after that step

@@ -11,7 +11,7 @@ from typing import Any
 from diffusionfm.checks import check_prompt, check_seed, read_json
 from diffusionfm.config import load_config
 from diffusionfm.data.captions import CHOICES, TRIGGER
-from diffusionfm.pipeline import pick_device
+from diffusionfm.devices import pick_device
 from diffusionfm.settings import TrainerConfig
 
 METHODS = ("lora", "dora", "full")

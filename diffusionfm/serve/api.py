@@ -25,8 +25,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from diffusionfm import __version__
+from diffusionfm.drawing import Pictures
 from diffusionfm.images import encode_png, prompt_in
-from diffusionfm.pipeline import Pictures
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.forms import Form, read_form, read_start, within
@@ -224,6 +224,7 @@ class Service:
             "created": self.began,
             "owned_by": "diffusionfm",
             "defaults": {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")},
+            "sizes": [f"{width}x{height}" for width, height in pipe.sizes],
             "loras": list(pipe.loras),
         }
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from diffusionfm import flow
 from diffusionfm.checks import check_settings
-from diffusionfm.pipeline import BATCH_SIZE, DiffusionFMPipeline, OnStep, Pictures, plan_tasks
+from diffusionfm.drawing import BATCH_SIZE, OnStep, Pictures, plan_tasks
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
 from diffusionfm.serve.safety import Safety
 from diffusionfm.serve.turns import Turns
@@ -160,7 +161,7 @@ class Engine:
             silent=start is not None,
         )
         times = flow.grid(found["steps"], self.pipe.defaults["shift"], start.strength if start else 1.0)
-        work = found["height"] * found["width"] * (len(times) - 1) * len(tasks)
+        work = self._pixels(found["height"], found["width"]) * (len(times) - 1) * len(tasks)
         if work > self._most_work:
             raise ValueError(
                 f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
@@ -190,7 +191,11 @@ class Engine:
 
     def _cost(self, job: Job) -> float:
         height, width, _ = job.group
-        return height * width * job.steps * (1 if job.guidance in (0, 1) else 2)
+        return self._pixels(height, width) * job.steps * (1 if job.guidance in (0, 1) else 2)
+
+    def _pixels(self, height: int, width: int) -> int:
+        """Of a picture as its latents' own size is: what a step costs goes by that."""
+        return height * width // self.pipe.scale(height, width) ** 2
 
     # -------------------------------------------------------------- the worker
 
@@ -380,9 +385,11 @@ class Engine:
 @torch.inference_mode()
 def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
     tasks = [picture.task for picture in job.pictures]
-    loras = [name for name, _ in job.group[2]]
-    drawn = pipe.finish(latents, job.start)
-    return Pictures(drawn, [task.seed for task in tasks], pipe.advice(tasks, loras), job.flagged)
+    height, width, loras = job.group
+    drawn = pipe.finish(latents, pipe.scale(height, width), job.start)
+    return Pictures(
+        drawn, [task.seed for task in tasks], pipe.advice(tasks, [name for name, _ in loras]), job.flagged
+    )
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:

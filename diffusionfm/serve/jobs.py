@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffusionfm.drawing import OnStep, Pictures, Task
 from diffusionfm.edit import Start
-from diffusionfm.pipeline import OnStep, Pictures, Task
 from diffusionfm.serve.wardrobe import Loras
 
 Group = tuple[int, int, Loras]  # what pictures of one network call have in common: height, width, LoRAs

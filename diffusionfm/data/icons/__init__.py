@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class CorpusConfig:
     skin_tones: float = 0.125
     samples_per_shard: int = 2048
     compositions: ComposeConfig | None = None
+    vectors_only: bool = False
+    limit: int | None = None
 
 
 @dataclass
@@ -100,6 +102,9 @@ def samples(
     found = list(drawings(config))
     composer = config.compositions and Composer(config.compositions, config.size, config.seed)
     order = np.random.default_rng(config.seed).permutation(len(found))  # shards mix all sources
+    if config.vectors_only:
+        order = order[[not found[i][0].is_raster for i in order]]
+    order = order[: config.limit]
     seen: set[bytes] = set()
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         pictures = pool.map(render, (found[i][0] for i in order), [config.size] * len(order), chunksize=64)
@@ -169,11 +174,14 @@ def build(
     out: str | Path,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **changes: Any,
 ) -> BuildReport:
-    """Fetch, render, caption and pack the corpus that a YAML file describes into shards at `out`."""
+    """Fetch, render, caption and pack the corpus that a YAML file describes into shards at `out`.
+
+    changes: keys of `CorpusConfig` to set over the file's."""
     from diffusionfm.data.shards import ShardWriter
 
-    config = load_corpus_config(config_path)
+    config = replace(load_corpus_config(config_path), **changes)
     report = BuildReport()
     with ShardWriter(out, samples_per_shard=config.samples_per_shard) as writer:
         for key, picture, caption, meta in samples(config, report, workers, progress):

@@ -21,7 +21,7 @@ def render(drawing: Drawing, size: int) -> Image.Image | None:
     The picture is cropped to the drawn box, centred and padded by 4 % so that every source fills its square alike.
     """
     picture: Image.Image | None
-    if drawing.file and not drawing.file.endswith(".svg"):
+    if drawing.is_raster:
         with Image.open(drawing.file) as image:
             picture = image.convert("RGBA")
     else:

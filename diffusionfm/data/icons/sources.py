@@ -40,6 +40,11 @@ class Drawing:
     svg: str = ""
     file: str = ""
 
+    @property
+    def is_raster(self) -> bool:
+        """Whether the drawing is made of pixels and so has a size of its own."""
+        return bool(self.file) and not self.file.endswith(".svg")
+
 
 def share(key: str) -> float:
     """A number in [0, 1) that depends on the text alone: for choices that never change between builds."""

@@ -1,0 +1,436 @@
+"""A prompt becomes pictures: the networks, and the loop that draws with them, without diffusers or transformers.
+
+Axes: b pictures in one network call, l tokens, d text width, c channels, y x rows and columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusionfm import __version__, flow
+from diffusionfm.autoencoder import shrunk
+from diffusionfm.checks import (
+    DEFAULTS,
+    WEIGHTS,
+    check_checksums,
+    check_prompt,
+    check_seed,
+    check_settings,
+    read_defaults,
+)
+from diffusionfm.edit import Start, cells, start_from
+from diffusionfm.images import on_background
+from diffusionfm.inputs import Source
+from diffusionfm.lora import merge_few_step
+from diffusionfm.text import encode_prompts, truncated_words
+from diffusionfm.vocabulary import FILE, Vocabulary
+
+BATCH_SIZE = {"cpu": 8, "mps": 8, "cuda": 32}
+
+OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], bool | None]
+
+
+class Cancelled(Exception):
+    """Drawing was stopped because `on_step` returned True."""
+
+
+@dataclass
+class Pictures:
+    """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know.
+
+    flagged: words of the prompt that a server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
+    """
+
+    images: list[Image.Image] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    flagged: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Task:
+    """One picture to draw."""
+
+    prompt: str
+    negative: str
+    seed: int
+
+
+class Painter:
+    """Text to transparent pictures by flow matching (arXiv:2210.02747) with classifier-free guidance.
+
+    `defaults` holds steps, guidance, height, width and shift, read from the folder's generation.json.
+    Weights may be bfloat16; latents are stepped, and pictures decoded, in float32.
+    """
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any):
+        self.vae, self.text_encoder, self.tokenizer, self.transformer = (
+            vae,
+            text_encoder,
+            tokenizer,
+            transformer,
+        )
+        self.defaults: dict[str, Any] = dict(DEFAULTS)
+        self.model_name = "unnamed"
+        self.loras: dict[str, float] = {}
+        self.lora_sources: dict[str, Path] = {}
+        self.fast = False
+        self.vocabulary: Vocabulary | None = None  # of a model whose folder lists its words
+        for network in (vae, text_encoder, transformer):
+            network.eval()
+
+    def adopt(self, folder: Path, fast: bool = False) -> None:
+        """Check the networks that were loaded from a pipeline folder, and take its name, defaults and words.
+
+        fast: merge its few-step adapter, whose steps and guidance become the defaults.
+        Raises ValueError for weights that are damaged, and where the folder has no such adapter.
+        """
+        check_checksums(folder)
+        for name, file in WEIGHTS.items():
+            for key, value in getattr(self, name).named_parameters():
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(
+                        f"{folder / name / file}: {key} holds values that are no numbers: copy it again"
+                    )
+        self.defaults, self.model_name, self.fast = read_defaults(folder), folder.resolve().name, fast
+        if fast:
+            self.defaults |= merge_few_step(self.transformer, folder)
+            self.model_name += "-fast"
+        self.vocabulary = Vocabulary.read(folder / FILE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.vae.parameters()).device
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
+        digest = hashlib.sha256()
+        for name in WEIGHTS:
+            for key, value in sorted(getattr(self, name).state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+    def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file of a picture says of how it was made.
+
+        settings: negative_prompt, steps, guidance, size, and strength where it was drawn from a picture.
+        """
+        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
+        said["guidance"] = float(said["guidance"])
+        if self.loras:
+            said["lora"] = [f"{name}:{scale:g}" for name, scale in self.loras.items()]
+        return {name: value for name, value in said.items() if value != ""}
+
+    # -------------------------------------------------------------- drawing
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int | None = None,
+        words: dict[str, Tensor] | None = None,
+        image: Source | None = None,
+        mask_image: Source | None = None,
+        strength: float | None = None,
+    ) -> Pictures:
+        """Draw `num_images` pictures of every prompt, prompt by prompt.
+
+        prompt, negative_prompt, seed: one for all, or a list, one for each prompt. Picture k of a prompt
+        uses seed + k; its noise depends on that seed and the size alone, bit for bit, whatever the batch.
+        num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
+        height and width as in `sizes`; None takes `defaults`.
+        on_step(step, total, preview): called after each step, with step and total counted over all batches;
+        preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
+        batch_size: pictures in a network call. words: encoded prompts, for calls to share.
+        image: a picture to set out from, in place of noise alone; the prompt may then be "". strength: how far to
+        leave it, 0.01-1. mask_image: white where to draw anew; the rest stays as it is (`edit.start_from` says more).
+        Raises ValueError, before any work, for what cannot
+        be drawn, and FloatingPointError when the model's numbers overflow.
+        """
+        settings = self.settings(num_inference_steps, guidance_scale, height, width)
+        check_settings(num_images=num_images)
+        check_settings(num_images=batch_size)
+        if image is None and (mask_image is not None or strength is not None):
+            raise ValueError("a mask or a strength needs a picture to set out from: give image")
+        start = None
+        if image is not None:
+            start = start_from(image, settings["width"], settings["height"], strength, mask_image)
+        tasks = plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None)
+        batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
+        groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
+        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
+        words = {} if words is None else words
+        times = flow.grid(settings["steps"], self.defaults["shift"], start.strength if start else 1.0)
+        steps = len(times) - 1
+        for number, group in enumerate(groups):
+            hook = _Progress(self, on_step, number * steps, len(groups) * steps, times)
+            result.images += self._draw(
+                group, words, hook, settings["guidance"], settings["height"], settings["width"], start
+            )
+        return result
+
+    def settings(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> dict[str, Any]:
+        """Steps, guidance, height and width, `defaults` for None; ValueError for what cannot be drawn."""
+        chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+        settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
+        check_settings(**settings)
+        size = settings["width"], settings["height"]
+        unit, sizes = self.vae.downsample, self.sizes
+        if sizes and size not in sizes:
+            known = ", ".join(f"{width}x{height}" for width, height in sizes)
+            raise ValueError(
+                f"this model draws {known} pixels, not {size[0]}x{size[1]}: enlarge a picture with --size"
+            )
+        if settings["height"] % unit or settings["width"] % unit:
+            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
+        return settings
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (width, height) that it draws, its own and those that its decoder's upscaler gives.
+
+        Empty without an upscaler: then any from 32 to 1024 pixels in multiples of 16, best near those it learned."""
+        own = self.defaults["width"], self.defaults["height"]
+        return [(own[0] * s, own[1] * s) for s in self.vae.scales] if len(self.vae.scales) > 1 else []
+
+    def size_for(self, side: int) -> tuple[int, int]:
+        """The largest of its sizes whose longer side is no longer than `side`, else its own: what to enlarge from."""
+        fitting = [size for size in self.sizes if max(size) <= side]
+        return max(fitting, default=(self.defaults["width"], self.defaults["height"]))
+
+    def scale(self, height: int, width: int) -> int:
+        """How many times larger than its latents' own size a picture is decoded."""
+        sizes = self.sizes
+        return self.vae.scales[sizes.index((width, height))] if sizes else 1
+
+    def _draw(
+        self,
+        tasks: list[Task],
+        words: dict[str, Tensor],
+        hook: _Progress,
+        guidance: float,
+        height: int,
+        width: int,
+        start: Start | None,
+    ) -> list[Image.Image]:
+        velocity = self.velocity(tasks, [float(guidance)] * len(tasks), words)
+        x, held = self.begin([task.seed for task in tasks], height, width, hook.times[0], start)
+        if held is not None:
+            velocity = flow.held(velocity, *held)
+        latents = flow.euler(velocity, x, hook.times, on_step=hook.bind())
+        return self.finish(latents, self.scale(height, width), start)
+
+    def begin(
+        self, seeds: Sequence[int], height: int, width: int, t: Tensor, start: Start | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Where pictures of these seeds are at the first time t: x (b, c, y, x), and what `flow.held` takes of a mask.
+
+        That is noise, and with a start the picture's latent with noise over it.
+        """
+        noise = self.noise(seeds, height, width).to(self.device)
+        if start is None:
+            return noise, None
+        scale = self.scale(height, width)
+        latent = self.encode(start.picture, scale)
+        x = flow.interpolate(latent, noise, t)
+        if start.mask is None:
+            return x, None
+        free = torch.from_numpy(cells(start.mask, self.vae.downsample * scale)).to(self.device)
+        return x, (flow.velocity(latent, noise), free.expand_as(noise))
+
+    def encode(self, image: Image.Image, scale: int = 1) -> Tensor:
+        """The latent (1, c, y, x) of an RGBA picture `scale` times its size; a model without alpha sees it on white."""
+        seen = image if self.vae.channels == 4 else on_background(image, "#ffffff")
+        pixels = (
+            torch.from_numpy(np.asarray(seen).copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
+        )
+        return self.vae.encode(pixels if scale == 1 else shrunk(pixels, scale)).float()
+
+    def noise(self, seeds: Sequence[int], height: int, width: int) -> Tensor:
+        """Starting latents (b, c, y, x), float32 on the CPU, each from a generator of its own seed."""
+        unit = self.vae.downsample * self.scale(height, width)
+        shape = (self.vae.latent_channels, height // unit, width // unit)
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    def finish(self, latents: Tensor, scale: int = 1, start: Start | None = None) -> list[Image.Image]:
+        """Latents at the end of their path to pictures, joined to what a mask kept of the start.
+
+        FloatingPointError where the numbers overflowed.
+        """
+        if not bool(torch.isfinite(latents).all()):
+            raise FloatingPointError(
+                "the model gave numbers that are not finite: use --dtype float32, or a sound model"
+            )
+        drawn = self.decode(latents, scale)
+        return drawn if start is None else [start.merge(image) for image in drawn]
+
+    def decode(self, latents: Tensor, scale: int = 1) -> list[Image.Image]:
+        """Latents (b, c, y, x) to straight-alpha RGBA pictures, `scale` times their own size."""
+        larger = {} if scale == 1 else {"scale": scale}
+        pixels = self.vae.decode(latents.to(_dtype(self.vae)), **larger).float()
+        pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture, "RGBA") for picture in pixels]
+
+    def velocity(
+        self, tasks: Sequence[Task], scales: Sequence[float], words: dict[str, Tensor]
+    ) -> flow.VelocityFn:
+        """The guided velocity field of these pictures: x (b, c, y, x) and t, scalar or (b,) -> v as x, float32.
+
+        scales: the guidance of each. words: features by prompt, filled as prompts are met. One network call holds
+        the rows with the prompt, then those with the negative; guidance 1 does without the latter, 0 without the
+        former. A prompt that is the negative one has no use for guidance. What attention reads of a prompt is computed
+        once here, however many rows have it.
+        """
+        same = [task.prompt == task.negative for task in tasks]
+        scales = [1.0 if alike else scale for alike, scale in zip(same, scales, strict=True)]
+        cond = [k for k, scale in enumerate(scales) if scale != 0]
+        uncond = [k for k, scale in enumerate(scales) if scale != 1]
+        prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
+        once = list(dict.fromkeys(prompts))
+        text, mask = self._encode(once, words)
+        rows = torch.tensor([once.index(prompt) for prompt in prompts], device=text.device)
+        network, dtype = self.transformer, _dtype(self.transformer)
+        read = getattr(network, "text_keys_values", None)
+        known = {} if read is None else {"text_kv": [(k[rows], v[rows]) for k, v in read(text)]}
+        text, mask = text[rows], mask[rows]
+
+        pictures = torch.tensor(cond + uncond, device=text.device)
+        at = {k: row for row, k in enumerate(cond)}, {k: len(cond) + row for row, k in enumerate(uncond)}
+        with_prompt, without = (
+            torch.tensor([one[k] if k in one else other[k] for k in range(len(tasks))], device=text.device)
+            for one, other in (at, at[::-1])
+        )
+        scale = torch.tensor(scales, device=text.device)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            t = t.to(x.device, torch.float32).expand(len(tasks))[pictures]
+            v = network(x.to(dtype)[pictures], t, text, mask, **known).float()
+            return flow.guided(v[with_prompt], v[without], scale)
+
+        return velocity
+
+    def _encode(self, prompts: list[str], words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Text (b, l, d) and mask (b, l). A prompt is encoded once and alone: its features know no batch."""
+        for prompt in prompts:
+            if prompt not in words:
+                text, _, _ = encode_prompts(self.tokenizer, self.text_encoder, [prompt], self.device)
+                words[prompt] = text[0].to(_dtype(self.transformer))
+        rows = [words[prompt] for prompt in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=text.device)
+        return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+
+    def advice(self, tasks: Sequence[Task], loras: Iterable[str] = ()) -> list[str]:
+        """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
+
+        loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
+        from any thread."""
+        found = []
+        for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
+            lost = truncated_words(self.tokenizer, prompt)
+            if lost:
+                found.append(
+                    f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
+                    f"left out: {_ends(lost)!r}"
+                )
+            if self.vocabulary is not None and not list(loras):
+                found += self.vocabulary.advice(prompt.removesuffix(lost))
+        return list(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------ parts of a call
+
+
+@dataclass
+class _Progress:
+    """Turns the sampler's on_step into the user's."""
+
+    pipe: Painter
+    on_step: OnStep | None
+    done: int
+    total: int
+    times: Tensor
+
+    def bind(self) -> flow.OnStep | None:
+        if self.on_step is None:
+            return None
+        on_step, times = self.on_step, self.times
+
+        def report(step: int, _: int, x: Tensor, v: Tensor) -> None:
+            def preview() -> list[Image.Image]:
+                with torch.inference_mode():
+                    return self.pipe.decode(flow.denoised(x, times[step], v))
+
+            if on_step(self.done + step, self.total, preview):
+                raise Cancelled(f"stopped at step {self.done + step} of {self.total}")
+
+        return report
+
+
+def plan_tasks(
+    prompt: str | Sequence[str],
+    negative: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    num_images: int,
+    silent: bool = False,
+) -> list[Task]:
+    """The pictures of a call, prompt-major; ValueError when lists differ in length or cannot be drawn.
+
+    silent: whether a prompt may be "", as it may where there is a picture to set out from.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("the list of prompts is empty: give at least one")
+    negatives = _each(negative or "", "negative prompts", len(prompts))
+    seeds = _each(seed, "seeds", len(prompts))
+    return [
+        Task(
+            "" if silent and words == "" else check_prompt(words),
+            check_prompt(avoid or "", "negative_prompt"),
+            check_seed(start, num_images) + k,
+        )
+        for words, avoid, start in zip(prompts, negatives, seeds, strict=True)
+        for k in range(num_images)
+    ]
+
+
+def _dtype(network: torch.nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _ends(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def _each(value: Any, name: str, count: int) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{count} prompts but {len(values)} {name}: give one, or one for each prompt")
+    return values

@@ -1,0 +1,194 @@
+"""A pipeline folder opened to draw and nothing else, without diffusers and transformers, whose import takes longer than
+a picture: the same networks, tokens and numbers, bit for bit.
+
+Axes: b batch, l tokens, h heads, d width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from diffusionfm.autoencoder import AutoencoderNetwork
+from diffusionfm.checks import WEIGHTS, check_model, read_json
+from diffusionfm.devices import default_dtype, parse_dtype
+from diffusionfm.drawing import Painter
+from diffusionfm.text import LONGEST, PAD
+from diffusionfm.transformer import TransformerNetwork
+
+# The components it knows; every other one needs the library that it is from.
+KNOWN = {"vae": "AutoencoderKL", "text_encoder": "BertModel", "transformer": "DiffusionTransformer"}
+
+
+def open_painter(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    fast: bool = False,
+) -> Painter:
+    """What draws a pipeline folder, loaded the lightest way: as `DiffusionFMPipeline.from_pretrained`, which it falls
+    back on where the folder has other networks than the shipped model's.
+    """
+    folder = check_model(path)
+    index = read_json(folder / "model_index.json")
+    if any(index[part][1] != name for part, name in KNOWN.items()) or not Words.reads(folder / "tokenizer"):
+        from diffusionfm.pipeline import DiffusionFMPipeline
+
+        return DiffusionFMPipeline.from_pretrained(path, dtype=dtype, device=device, fast=fast)
+    where = torch.device(device or "cpu")
+    kind = parse_dtype(dtype) or default_dtype(where)
+    painter = Painter(
+        _filled(AutoencoderNetwork, folder / "vae", torch.float32).to(where),
+        _filled(Bert, folder / "text_encoder", kind).to(where),
+        Words(folder / "tokenizer"),
+        _filled(TransformerNetwork, folder / "transformer", kind).to(where),
+    )
+    painter.adopt(folder, fast)
+    return painter
+
+
+def _filled(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The network of config.json with every weight from the file; ValueError, one line, where they do not fit."""
+    config = {key: value for key, value in read_json(folder / "config.json").items() if key[0] != "_"}
+    try:
+        with torch.device("meta"), _Unset():
+            network = cls(**config)
+        weights = load_file(folder / WEIGHTS[folder.name])
+        network.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder} does not load ({reason}): its config.json and weights do not fit together"
+        ) from error
+    return network.requires_grad_(False)
+
+
+class _Unset(TorchFunctionMode):
+    """Weights that a file will fill are not initialised: it takes time, and for normal_ PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class Words:
+    """tokenizer.json, with as much of transformers' tokenizer call as `text.tokenize` and `truncated_words` use."""
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer
+
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.model_max_length: int = config["model_max_length"]
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.pad_token_id: Any = self.tokenizer.token_to_id(config["pad_token"])
+
+    @staticmethod
+    def reads(folder: Path) -> bool:
+        """Whether the folder's tokenizer is one that `text.train_tokenizer` made, which needs no further rules."""
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return config.get("pad_token") == PAD and config.get("model_max_length", LONGEST + 1) <= LONGEST
+
+    def __call__(
+        self, prompts: list[str], truncation: bool = False, max_length: int = 0, **_: Any
+    ) -> dict[str, Any]:
+        """input_ids and attention_mask (b, l), int64, padded on the right; offset_mapping, a list a prompt."""
+        self.tokenizer.no_padding()
+        if truncation:
+            self.tokenizer.enable_truncation(max_length)
+        else:
+            self.tokenizer.no_truncation()
+        found = self.tokenizer.encode_batch(prompts)
+        rows = [torch.tensor(one.ids) for one in found]
+        pad = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(rows, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
+            "offset_mapping": [one.offsets for one in found],
+        }
+
+
+# ---- transformers' BertModel without a pooler: its names, its order of operations ------------------------
+
+
+class Bert(nn.Module):
+    """A bidirectional encoder (BERT, arXiv:1810.04805): token ids and mask (b, l) -> `.last_hidden_state` (b, l, d)."""
+
+    def __init__(self, **config: Any):
+        super().__init__()
+        if config["hidden_act"] != "gelu":
+            raise ValueError(f"hidden_act is {config['hidden_act']!r}, and only gelu is known")
+        width, eps = config["hidden_size"], config["layer_norm_eps"]
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(config["vocab_size"], width),
+                "position_embeddings": nn.Embedding(config["max_position_embeddings"], width),
+                "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
+                "LayerNorm": nn.LayerNorm(width, eps),
+            }
+        )
+        layers = [
+            BertLayer(width, config["num_attention_heads"], config["intermediate_size"], eps)
+            for _ in range(config["num_hidden_layers"])
+        ]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        parts = self.embeddings
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        x = parts["word_embeddings"](input_ids) + parts["token_type_embeddings"](torch.zeros_like(input_ids))
+        x = parts["LayerNorm"](x + parts["position_embeddings"](position))
+        mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
+            x = layer(x, mask)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+class BertLayer(nn.Module):
+    """Attention, then MLP, each with its norm behind the sum."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
+                "output": BertOutput(width, width, eps),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = BertOutput(hidden, width, eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            rearrange(layer(x), "b l (h d) -> b h l d", h=self.heads)
+            for layer in self.attention["self"].values()  # type: ignore[operator]
+        )
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = self.attention["output"](rearrange(read, "b h l d -> b l (h d)"), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class BertOutput(nn.Module):
+    """LayerNorm(dense(x) + before)."""
+
+    def __init__(self, width_in: int, width: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(width_in, width)
+        self.LayerNorm = nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + before)
