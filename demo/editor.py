@@ -72,7 +72,7 @@ class _Latest(dict[str, Any]):
             del self[next(iter(self))]
 
 
-def canvas_of(picture: Image.Image) -> dict[str, Any]:
+def canvas_of(picture: Image.Image) -> Any:
     """An editor's value: the picture to paint on, nothing painted yet."""
     shown = contain(picture, CANVAS, CANVAS)
     return {"background": shown, "layers": [], "composite": shown}

@@ -80,7 +80,7 @@ def main(out: Path, model: str | None, prompt: str, seed: int) -> None:
         studio = build(engine)
         launch(studio, engine, port)
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for file in take(browser, studio.local_url, out, prompt, seed):
+        for file in take(browser, str(studio.local_url), out, prompt, seed):
             print(f"{file}  {file.stat().st_size:,} bytes")
         browser.close()
         studio.close()

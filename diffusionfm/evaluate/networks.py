@@ -51,6 +51,7 @@ def loss_lines(
     objective = FlowMatching(pipe.transformer, pipe.text_encoder, pipe.tokenizer)
     generator = torch.Generator().manual_seed(0)
     errors: list[np.ndarray] = []
+    dtype = pipe.transformer.dtype
     for start in range(0, len(pictures), BATCH):
         x0 = pipe.vae.encode(pictures[start : start + BATCH].to(pipe.device)).float()
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -58,7 +59,8 @@ def loss_lines(
         rows = []
         for time in TIMES:
             t = torch.full((len(x0),), time, device=x0.device)
-            rows.append(objective.error(x0, noise, t, text, mask).float().cpu().numpy())
+            with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
+                rows.append(objective.error(x0, noise, t, text, mask).float().cpu().numpy())
         errors.append(np.stack(rows))
     all_errors = np.concatenate(errors, axis=1)
     found = {f"loss_t{time:g}": mean_of(row) for time, row in zip(TIMES, all_errors, strict=True)}
