@@ -90,4 +90,5 @@ def painted(value: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image 
     width, height = size[0] * scale, size[1] * scale
     left, top = (paint.width - width) / 2, (paint.height - height) / 2
     mask = paint.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-    return mask if mask.point(lambda level: 255 if level > 127 else 0).getbbox() else None
+    mask = mask.point(lambda level: 255 if level > 127 else 0)
+    return mask if mask.getbbox() else None
