@@ -56,8 +56,12 @@ def open_picture(source: Source, what: str = "the picture") -> Image.Image:
         return to_rgba(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        if (size := _size(file)) > HANDED_BYTES:
-            raise ValueError(f"{what} has {size:,} bytes: {HANDED_BYTES:,} at most, so save it smaller")
+        size = _size(file)
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from error
+    if size > HANDED_BYTES:
+        raise ValueError(f"{what} has {size:,} bytes: {HANDED_BYTES:,} at most, so save it smaller")
+    try:
         with _one_at_a_time:
             picture = read_picture(file, HANDED_FORMATS, HANDED_PIXELS).copy()  # without what EXIF it holds
     except Image.DecompressionBombError as error:
@@ -67,8 +71,6 @@ def open_picture(source: Source, what: str = "the picture") -> Image.Image:
     except DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{what} cannot be read: {error}") from error
-        if str(error).startswith(what):
-            raise
         raise ValueError(f"{what} cannot be read: use a whole {', '.join(HANDED_FORMATS)} file") from error
     picture.info.clear()
     return picture

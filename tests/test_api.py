@@ -157,7 +157,8 @@ def figures(api) -> dict:
 
 def test_nothing_lists_or_keeps_pictures(api):
     paths = {route.path for route in api.service.routes()}
-    assert paths == {DRAW, "/v1/models", "/v1/models/{name}", "/health", "/metrics"}
+    edits = {"/v1/images/edits", "/v1/images/variations"}
+    assert paths == {DRAW, *edits, "/v1/models", "/v1/models/{name}", "/health", "/metrics"}
     assert api.draw(**APPLE).headers["cache-control"] == "no-store"
 
 

@@ -317,7 +317,7 @@ def test_pack_then_look(tmp_path, capsys):
     assert main(["shards", "attribution", shards]) == 0
     assert capsys.readouterr().out.startswith("# Attribution")
     assert main(["shards", "words", shards, "-o", str(tmp_path / "words.txt")]) == 0
-    assert (tmp_path / "words.txt").read_text() == "\n"  # a word is learned from three pictures
+    assert (tmp_path / "words.txt").read_text() == ""  # a word is learned from three pictures
     tar = next((tmp_path / "shards").glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:3000])
     assert main(["shards", "verify", shards]) == 1
