@@ -39,7 +39,7 @@ def studio(tiny_model, tmp_path_factory):
     """The address of `python -m demo.app`, serving a real tiny model that takes its time."""
     folder = tmp_path_factory.mktemp("studio") / "tiny"
     shutil.copytree(tiny_model, folder)
-    settings = {"steps": 12, "guidance": 3.0, "height": 128, "width": 128, "shift": 1.0}
+    settings = {"steps": 90, "guidance": 3.0, "height": 128, "width": 128, "shift": 1.0}
     (folder / "generation.json").write_text(json.dumps(settings))
     (folder / "words.txt").write_text("a red apple blue fish yellow star sky on an background")
     with socket.socket() as probe:
@@ -135,7 +135,7 @@ def test_a_prompt_becomes_a_picture(page, tmp_path):
     page.wait_for_selector(PICTURE)
     assert page.locator(PICTURE).count() == 2
     steps = page.evaluate("window.steps")
-    assert steps == sorted(steps) and any(0 < step < 12 for step in steps), steps
+    assert steps == sorted(steps) and any(0 < step < 90 for step in steps), steps
     sizes = page.evaluate(
         f'[...document.querySelectorAll("{PICTURE}")].map(i => [i.complete, i.naturalWidth])'
     )
@@ -150,7 +150,7 @@ def test_a_prompt_becomes_a_picture(page, tmp_path):
     assert (found["prompt"], found["seed"], found["steps"], found["width"]) == (
         "a red apple",
         seed + 1,
-        12,
+        90,
         128,
     )
     assert page.locator("#announcer [role=status]").inner_text().startswith("2 pictures drawn: a red apple")
@@ -302,7 +302,7 @@ def test_two_people_at_once_get_their_own_pictures(page, browser, studio, tiny_p
         one.wait_for_selector(PICTURE)
         seed = int(one.input_value("#seed input"))
         expected = tiny_pipe(
-            prompt, seed=seed, num_images=2, num_inference_steps=12, guidance_scale=3.0, height=128, width=128
+            prompt, seed=seed, num_images=2, num_inference_steps=90, guidance_scale=3.0, height=128, width=128
         )
         shown = [image.get_attribute("src") for image in one.locator(PICTURE).all()]
         for source, image in zip(shown, expected.images, strict=True):

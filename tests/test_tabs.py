@@ -144,7 +144,7 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         (4, "bmp", "bmp"),
         (5, "../out", "unknown output"),
         (6, "public nowhere", "is gone"),
-        (0, "{" + "|".join(f"a{k}" for k in range(9000)) + "}\nb\n" * 1500, "the studio draws"),
+        (0, ("{" + "|".join(f"a{k}" for k in range(90)) + "}\n") * 150, "the studio draws"),
     ):
         asked = [*good[:k], bad, *good[k + 1 :]]
         with pytest.raises(gr.Error, match=words):

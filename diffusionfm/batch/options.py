@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusionfm.batch.jobs import Run
 from diffusionfm.batch.phrases import Wildcards
 from diffusionfm.batch.report import MOST_SHEETS
+from diffusionfm.batch.stores import STORES
 from diffusionfm.checks import check_prompt, check_seed, check_settings
 from diffusionfm.formats import Finish
 from diffusionfm.lora import WEIGHTS
@@ -75,6 +76,8 @@ class Options:
         check_prompt(self.negative_prompt, "negative_prompt")
         if self.engine not in ENGINES:
             raise ValueError(f"unknown engine {self.engine!r}: use {' or '.join(ENGINES)}")
+        if self.to not in STORES:
+            raise ValueError(f"unknown output {self.to!r}: use {', '.join(STORES)}")
         if self.workers < 0:
             raise ValueError(f"workers must be 0 or more, got {self.workers}")
         if not 0 <= self.sheets <= MOST_SHEETS:

@@ -110,9 +110,10 @@ def attribution(folder: str | os.PathLike, progress: Progress | None = None) -> 
 
 def trained_words(folder: str | os.PathLike, progress: Progress | None = None) -> list[str]:
     """The words that a model learns of a folder of shards, for its words.txt; held-out samples teach none."""
-    metas = _metas(ShardDataset(folder, needs=()), progress)
-    seen = (meta for meta in metas if meta.get("split") != "heldout")
-    return learned_words(meta.get("captions") or [meta.get("caption") or ""] for meta in seen)
+    dataset = ShardDataset(folder, needs=("txt",))
+    metas = enumerate(_metas(dataset, progress))
+    seen = ((i, meta) for i, meta in metas if meta.get("split") != "heldout")
+    return learned_words(meta.get("captions") or [dataset.caption(i)] for i, meta in seen)
 
 
 def contact_sheet(dataset: ShardDataset, indices: list[int], columns: int = 8) -> Image.Image:
