@@ -169,7 +169,8 @@ class Tab:
 
     def cancel(self, ticket: str, request: gr.Request) -> Update:
         """Stop this person's drawing, and nobody else's."""
-        self.lane.cancel(_owner(ticket, request))
+        if not self.lane.cancel(_owner(ticket, request)):
+            return {self.at.status: gr.skip()}  # it was finished already
         return {self.at.status: cards.notes(["Stopping …"]), self.at.cancel: gr.Button(interactive=False)}
 
     def act(self, ticket: str, event: gr.EventData, request: gr.Request) -> Update:

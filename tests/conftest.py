@@ -16,7 +16,7 @@ WORDS = [
 ]
 
 
-def build_tiny_pipeline(seed: int = 0):
+def build_tiny_pipeline(seed: int = 0, depth: int = 2):
     """A whole pipeline at tiny size with random weights: 16-wide everything, 4 latent channels."""
     import torch
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -36,7 +36,7 @@ def build_tiny_pipeline(seed: int = 0):
             latent_channels=4, widths=(8, 8, 16), encoder_depths=(1, 1), decoder_depths=(1, 1, 1)
         )
         transformer = DiffusionTransformer(
-            in_channels=4, width=32, depth=2, heads=2, text_dim=16, condition_dim=16, registers=2, grid=2
+            in_channels=4, width=32, depth=depth, heads=2, text_dim=16, condition_dim=16, registers=2, grid=2
         )
         for network in (transformer, vae):  # zero-initialised layers would make every picture alike
             for parameter in network.parameters():
