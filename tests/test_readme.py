@@ -42,7 +42,7 @@ def test_the_commands_run_one_after_the_other(desk):
     for command in commands:
         assert main([*command, "--steps", "2"]) == 0, command
     made = {path.name for path in desk.glob("*.png")}
-    assert made == {"apple.png", "cat-1.png", "cat-2.png", "cat-3.png", "cat-4.png", "fox.png"}
+    assert made == {"apple.png", "cat-1.png", "cat-2.png", "cat-3.png", "cat-4.png", "fox.png", "green.png"}
     assert Image.open(desk / "apple.png").mode == "RGBA"
     assert len((desk / "pictures/manifest.jsonl").read_text().splitlines()) == 2
 
