@@ -417,7 +417,9 @@ def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
     open_tab(page, "Vary")
     page.click("#vary-draw")
     page.wait_for_selector("text=Upload a picture first")
-    page.set_input_files("#vary-upload input[type=file], input#vary-upload", drawing)
+    with page.expect_file_chooser() as asked:
+        page.click("#vary-upload")
+    asked.value.set_files(drawing)
     sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
     field = page.locator("#vary-count input[type=number]")
     field.fill("1")
@@ -429,6 +431,7 @@ def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
     assert read_parameters(file)["strength"] == 0.7 and read_parameters(file)["prompt"] == "a blue fish"
 
     page.check("#vary-far input[value='auto']")
+    page.locator("#vary-canvas canvas").first.scroll_into_view_if_needed()
     box = page.locator("#vary-canvas canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(*middle)

@@ -6,7 +6,7 @@ denoiser called on prompt and empty prompt in one batch, FlowMatchEulerDiscreteS
 Ours and theirs run in turn, each round, and the median counts; on a busy machine compare "times", not seconds.
 
     python tests/benchmarks/draw.py
-    python tests/benchmarks/draw.py --steps 4 --guidance 1 --lora my-fast --dtype bf16
+    python tests/benchmarks/draw.py --fast
     python tests/benchmarks/draw.py --cold 5 --rounds 0      # process starts alone
 """
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--model", help="a pipeline folder (default: the shipped model)")
     parser.add_argument("--steps", type=int, help="ours (default: the model's)")
     parser.add_argument("--guidance", type=float, help="ours (default: the model's)")
-    parser.add_argument("--lora", help="an adapter that makes few steps enough")
+    parser.add_argument("--fast", action="store_true", help="ours with the few-step adapter")
     parser.add_argument("--their-steps", type=int, default=28)
     parser.add_argument("--cold", type=int, default=0, help="process starts to time as well")
     args = parser.parse_args(argv)
@@ -55,6 +55,7 @@ def cold(args: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         draw = ["-m", "diffusionfm.cli", "generate", PROMPT, "--quiet", "-o", f"{folder}/apple.png"]
         draw += ["--model", args.model] if args.model else []
+        draw += ["--fast"] if args.fast else []
         commands = {"process: generate": draw, "process: import torch": ["-c", "import torch"]}
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(args.cold + 1):  # the first reads the files in
@@ -80,10 +81,10 @@ def _children() -> float:
 
 def warm(args: Any) -> list[dict[str, Any]]:
     """A picture from words to PNG bytes: ours, theirs, and the parts of ours."""
-    pipe = DiffusionFMPipeline.from_pretrained(args.model, dtype=DTYPES[args.dtype], device=args.device)
+    pipe = DiffusionFMPipeline.from_pretrained(
+        args.model, dtype=DTYPES[args.dtype], device=args.device, fast=args.fast
+    )
     plain = DiffusionFMPipeline.from_pretrained(args.model, dtype=torch.float32, device=args.device)
-    if args.lora:
-        pipe.load_lora(args.lora)
     asked = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     settings = pipe.settings(args.steps, args.guidance)
     latents = pipe.noise([0], settings["height"], settings["width"])
