@@ -41,7 +41,7 @@ PICTURE = ".card img[alt*='seed']"
 def slow_model(tmp_path_factory) -> Path:
     """The folder of a model deep enough for a click to reach the studio while it draws."""
     folder = tmp_path_factory.mktemp("studio") / "tiny"
-    build_tiny_pipeline(depth=24).save_pretrained(folder)
+    build_tiny_pipeline(depth=160).save_pretrained(folder)
     return folder
 
 

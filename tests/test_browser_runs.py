@@ -1,8 +1,7 @@
-"""Fine-tuning and batches in a real headless Chromium: from a folder of pictures to drawings with what was learned."""
+"""Batches in a real headless Chromium: from rows to pictures to take away."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
@@ -13,8 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.finetune_toys import draw_pictures
-from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, wait_for
+from tests.test_browser import BROWSERS, QUIET, ROOT, wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -97,77 +95,6 @@ def fits(page, path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.screenshot(path=path, full_page=True)
     page.set_viewport_size({"width": 1280, "height": 900})
-
-
-def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
-    url, runs = desk
-    page = tab(context.new_page(), url, "Fine-tune")
-    pictures = draw_pictures(tmp_path / "mine", 12)
-    (pictures / "circle 01.txt").unlink()
-    (pictures / "broken.png").write_bytes(b"no picture")
-    page.set_input_files("#ft-files input[type=file]", [str(path) for path in pictures.iterdir()])
-    page.wait_for_selector("#ft-report li")
-    report = page.locator("#ft-report").inner_text()
-    assert "13 pictures, 11 with a caption" in report and "unreadable: broken.png" in report
-    assert "no caption: circle 01.png" in report
-    assert page.locator("#ft-stage img").evaluate("i => i.complete && i.naturalWidth > 200")
-    cell = page.locator("#ft-table .body-cell", has_text="a red circle, my style").first
-    cell.dblclick()
-    page.keyboard.press("Control+A")
-    page.keyboard.type("a ruby ring, my style")
-    page.keyboard.press("Enter")
-    fill(page, "#ft-name", "rings")
-    fill(page, "#ft-steps", STEPS)
-    page.click("#ft-start")
-    page.wait_for_selector("#ft-status .bar:not([aria-valuenow='0'])")
-
-    page.reload()  # the run goes on, and the page finds it again
-    page.get_by_role("tab", name="Fine-tune").click()
-    page.wait_for_selector("#ft-curves svg path")
-    if page.locator("#ft-stop").is_enabled():
-        page.click("#ft-stop")
-        expect(page.locator("#ft-start")).to_have_text("Resume")
-        page.click("#ft-start")
-    expect(page.locator("#ft-use")).to_be_visible()
-    assert "took all 24 steps" in page.locator("#ft-status").inner_text()
-    assert "adapted one, step" in page.locator("#ft-stage figcaption").inner_text()
-    (run,) = [path for path in runs.glob("*/*") if path.name.startswith("rings")]
-    captions = [
-        json.loads(line)["text"] for line in (run / "pictures/metadata.jsonl").read_text().splitlines()
-    ]
-    assert "a ruby ring, my style" in captions and "circle" in captions
-    names = [link.inner_text() for link in page.locator("#ft-take .file, #ft-take tr").all()]
-    assert len(names) >= 3, names
-    with page.expect_download() as waiting:
-        page.locator("#ft-take a[download]").first.click()
-    waiting.value.save_as(tmp_path / "taken.zip")
-    with zipfile.ZipFile(tmp_path / "taken.zip") as archive:
-        inside = {name.rpartition("/")[2] for name in archive.namelist()}
-    assert inside >= {"adapter_config.json", "adapter_model.safetensors", "report.html", "finetune.json"}
-    fits(page, tmp_path / "phone.png")
-
-    page.click("#ft-use")
-    expect(page.locator("#adapter input")).to_have_value("rings")
-    drawn = {}
-    page.uncheck("#fresh input")
-    fill(page, "#count", 1)
-    for choice in ("rings", "none"):
-        page.locator("#adapter input").click()
-        page.get_by_role("option", name=choice, exact=True).click()
-        page.fill("#prompt textarea", "a red circle, my style")
-        page.click("#generate")
-        expect(page.locator("#generate")).to_be_enabled()
-        page.wait_for_selector(PICTURE)
-        drawn[choice] = page.get_attribute(PICTURE, "src")
-    assert drawn["rings"] != drawn["none"]
-
-    stranger = page.context.browser.new_context()
-    other = tab(stranger.new_page(), url, "Fine-tune")
-    other.wait_for_selector("#ft-stage .empty")
-    other.get_by_role("tab", name="Create").click()
-    other.locator("#adapter input").click()
-    assert other.get_by_role("option").all_inner_texts() == ["none"] or not other.get_by_text("rings").count()
-    stranger.close()
 
 
 def test_rows_become_pictures_to_take_away(context, desk, tmp_path):
