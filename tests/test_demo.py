@@ -216,18 +216,24 @@ def test_finished_pictures_are_kept_for_their_page_and_not_for_ever(lane, monkey
     assert lane.find("me", "page") is None
 
 
-def test_who_waits_is_told_how_many_are_before(tiny_pipe):
+def test_who_waits_is_told_how_many_are_before(tiny_pipe, monkeypatch):
     with Engine(tiny_pipe, Limits(batch=1)) as engine:
+        looked, step = threading.Event(), engine._step
+
+        def held(batch):
+            assert engine.counts.steps < 2 or looked.wait(60)
+            step(batch)
+
+        monkeypatch.setattr(engine, "_step", held)  # so that nobody's drawing ends before the look
         lane = Lane(engine)
-        long = lane.start("first", Request("a red apple", steps=500))
+        long = lane.start("first", Request("a red apple", steps=5))
         while engine.counts.steps < 2:
             time.sleep(0.01)
-        other = lane.start("second", Request("a red apple", steps=500))
+        other = lane.start("second", Request("a red apple", steps=5))
         mine = lane.watch(lane.start("me", Request("a red apple", steps=1)))
         assert next(mine) == Waiting(2)
         assert engine.ahead(long.future) == 0 and engine.ahead(other.future) == 1
-        other.future.cancel()
-        long.future.cancel()
+        looked.set()
         *_, result = mine
         assert len(result.images) == 1
 
