@@ -58,7 +58,7 @@ class ComposeConfig:
     common: int = 3
     reserved: str | None = None
     kinds: dict[str, float] = field(
-        default_factory=lambda: {"ground": 0.3, "count": 0.25, "relation": 0.2, "pair": 0.2, "shape": 0.05}
+        default_factory=lambda: {"ground": 0.2, "count": 0.2, "relation": 0.25, "pair": 0.25, "shape": 0.1}
     )
 
 
@@ -180,19 +180,17 @@ class Composer:
         return [first, second], places, captions
 
     def _pair(self, drawn, rng):
-        first, second = self._two(drawn, rng)
-        a, b = article(first.words), article(second.words)
-        places = placed(2, rng)
-        if rng.random() < 0.5:
-            places = places[::-1]
-        return [first, second], places, [f"{a} and {b}", f"{b} and {a}"]
+        first, second = self._two(drawn, rng)  # side by side as they are read: one picture for one caption
+        x, y, size = rng.uniform((0.25, 0.47, 0.4), (0.27, 0.53, 0.46))
+        places = [(x, y, size), (1 - x, y, size)]
+        return [first, second], places, [f"{article(first.words)} and {article(second.words)}"]
 
     # -------------------------------------------------------------- things
 
     def _two(self, drawn, rng) -> tuple[Thing, Thing]:
         """Two coloured shapes, or two drawn things; no reserved pair, and never the same words."""
         while True:
-            pick = self._colored if rng.random() < 0.6 else lambda r: self._drawn(drawn, r)
+            pick = self._colored if rng.random() < 0.7 else lambda r: self._drawn(drawn, r)
             first, second = pick(rng), pick(rng)
             pair = frozenset((first.words, second.words))
             if len(pair) == 2 and pair not in self.reserved and not alike(first.words, second.words):
