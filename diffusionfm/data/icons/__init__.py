@@ -22,6 +22,7 @@ from diffusionfm.data.icons.compose import ComposeConfig, Composer
 from diffusionfm.data.icons.fetch import Package, fetch
 from diffusionfm.data.icons.names import EmojiNames
 from diffusionfm.data.icons.render import edge_color, fingerprint, inked, on_color, render
+from diffusionfm.data.icons.wordnet import WordNet
 
 
 @dataclass
@@ -36,6 +37,7 @@ class CorpusConfig:
     backgrounds: float = 0.35
     skin_tones: float = 0.125
     samples_per_shard: int = 2048
+    synonyms: dict[str, str] = field(default_factory=dict)
     compositions: ComposeConfig | None = None
     vectors_only: bool = False
     limit: int | None = None
@@ -75,6 +77,10 @@ def drawings(config: CorpusConfig) -> Iterator[tuple[src.Drawing, Package]]:
     packages = {key: Package(**value) for key, value in config.packages.items()}
     folders = {key: fetch(package) for key, package in packages.items()}
     emoji = EmojiNames.load(folders["emojibase"], folders["emojilib"])
+    wordnet = None
+    if config.synonyms:
+        reserved = Path(config.synonyms["reserved"]).read_text(encoding="utf-8").splitlines()
+        wordnet = WordNet(folders[config.synonyms["package"]], reserved)
     for source, options in config.sources.items():
         key = options.get("package", "iconify")
         folder = folders[key]
@@ -89,7 +95,10 @@ def drawings(config: CorpusConfig) -> Iterator[tuple[src.Drawing, Package]]:
                 raise ValueError(
                     f"source {source}: licence {drawing.licence!r} is not a permissive one; leave it out"
                 )
-            yield drawing, packages[key]
+            yield (
+                (replace(drawing, words=wordnet.enrich(drawing.words)) if wordnet else drawing),
+                packages[key],
+            )
 
 
 def samples(

@@ -36,6 +36,8 @@ def captions(
     found = [f"{styled} of {subject}{on}", f"{article(bare)}{on}", f"{bare}{on}"]
     found += [f"{article(f'{ink} {n}' if ink else n)}{on}" for n in names]
     found += [f"{styled} of {article(n)}{on}" for n in names[:1]]
+    if words.definition and allowed(words.definition):
+        found.append(f"{words.definition}{f' in {ink}' if ink else ''}{on}")
     if keywords:
         found.append(f"{bare}, {', '.join(keywords[:4])}{on}")
         found.append(f"{styled} of {subject}, {', '.join(keywords[:2])}{on}")

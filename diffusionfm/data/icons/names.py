@@ -45,12 +45,13 @@ VARIANT = re.compile(
 
 @dataclass(frozen=True)
 class Words:
-    """What one picture shows: its phrase, other names for it, and loose keywords."""
+    """What one picture shows: its phrase, other names for it, loose keywords, and what a dictionary says."""
 
     phrase: str
     names: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     tone: str = ""
+    definition: str = ""
 
 
 def clean(name: str) -> str:
