@@ -203,10 +203,10 @@ class Tab(RunTab):
 def _source(run: Run, rows: str, file: str | None) -> Path:
     """The rows as a file of the run."""
     if file:
-        kind = small(file).suffix.lower()
+        kind = Path(file).suffix.lower()
         if kind not in FORMATS:
             raise ValueError(f"rows come as {', '.join(FORMATS)}, not {kind}")
-        return Path(shutil.copyfile(file, run.folder / f"rows{kind}"))
+        return Path(shutil.copyfile(small(file), run.folder / f"rows{kind}"))
     if not rows.strip():
         raise ValueError("write a prompt a line, or upload a file of rows")
     source = run.folder / "rows.txt"

@@ -35,15 +35,14 @@ TELL = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-value]');
   if (button) trigger('click', {value: button.dataset.value});
 });"""
-TICKET = """() => {
-  const known = sessionStorage.getItem('diffusionfm-ticket');
-  if (known) return known;
+TICKET = """(...given) => {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
-  const ticket = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
+  const fresh = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
+  const ticket = sessionStorage.getItem('diffusionfm-ticket') ?? fresh;
   sessionStorage.setItem('diffusionfm-ticket', ticket);
-  return ticket;
+  return [...given.slice(0, -1), ticket];
 }"""
-"""Gives a browser's tab a secret name, by which it finds its drawing after a reload."""
+"""Of an event: its last input is the secret name of the browser's tab, by which it finds its drawing after a reload."""
 SAVE = """parcel => {
   if (!parcel) return;
   const link = document.createElement('a');
@@ -218,7 +217,7 @@ def _seeds() -> dict[str, Any]:
 
 def _settings(lane: Lane) -> dict[str, Any]:
     own = [lane.pipe.defaults[side] for side in ("width", "height")]
-    with gr.Accordion("More settings", open=False, elem_id="more"):
+    with gr.Accordion("More settings", open=False, elem_id="more", elem_classes="more"):
         size = gr.Dropdown(
             sizes(*own),
             value=size_name(*own),

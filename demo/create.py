@@ -14,7 +14,7 @@ from diffusionfm.drawing import Cancelled, Pictures
 
 from . import cards
 from .adapters import wear
-from .controls import QUIET, SAVE, SHOWN, Controls, lay_out
+from .controls import QUIET, SAVE, SHOWN, TICKET, Controls, lay_out
 from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Waiting, owner_of
 from .request import (
     AS_WRITTEN,
@@ -43,31 +43,36 @@ def create(lane: Lane) -> None:
     seen = [at.stage, at.status, at.advice, at.said, at.generate, at.cancel]
     settings = [at.prompt, at.style, at.background, at.negative, at.seed, at.fresh]
     settings += [at.steps, at.guidance, at.size]
-    watch: dict[str, Any] = {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, **SHOWN}
+    watch: dict[str, Any] = {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, "js": TICKET, **SHOWN}
     who = [lane.person, lane.model.choice, at.adapter.choice, at.adapter.weight]
-    lane.ticket = at.ticket
     gr.on(
         [at.generate.click, at.prompt.submit],
         tab.begin,
         [*settings, at.count, *who, at.ticket],
         [*seen, at.seed],
+        js=TICKET,
         trigger_mode="once",
         concurrency_limit=None,  # queued, for an error of an unqueued event is not shown; yet it waits for nobody
         **SHOWN,
     ).success(tab.draw, at.ticket, [*seen, at.last], scroll_to_output=True, **watch).failure(
         tab.fail, None, seen, **QUIET
     )
-    at.ticket.change(  # a page that is opened is given it
-        tab.rejoin, at.ticket, [*seen, *settings, at.count], **QUIET
-    ).success(tab.draw, at.ticket, [*seen, at.last], **watch).failure(tab.fail, None, seen, **QUIET)
-    at.cancel.click(tab.cancel, at.ticket, [at.status, at.cancel], **QUIET)
+
+    def rejoin(opened: Any) -> None:
+        opened.then(tab.rejoin, at.ticket, [*seen, *settings, at.count], js=TICKET, **QUIET).success(
+            tab.draw, at.ticket, [*seen, at.last], **watch
+        ).failure(tab.fail, None, seen, **QUIET)
+
+    lane.opened = rejoin
+    at.cancel.click(tab.cancel, at.ticket, [at.status, at.cancel], js=TICKET, **QUIET)
     at.dice.click(lambda: (roll(), False), None, [at.seed, at.fresh], **QUIET)
     at.reuse.click(
         lambda seed: (gr.skip() if seed is None else seed, False), at.last, [at.seed, at.fresh], **QUIET
     )
-    at.stage.click(
-        tab.act, at.ticket, [at.seed, at.fresh, at.said, at.status, at.parcel], concurrency_limit=4, **SHOWN
-    ).then(None, at.parcel, None, js=SAVE, **QUIET)
+    parts = [at.seed, at.fresh, at.said, at.status, at.parcel]
+    at.stage.click(tab.act, at.ticket, parts, js=TICKET, concurrency_limit=4, **SHOWN).then(
+        None, at.parcel, None, js=SAVE, **QUIET
+    )
     at.history.click(tab.restore, lane.model.choice, [*settings, at.said], **QUIET)
     at.lessons.click(tab.teach, None, [at.prompt, at.style, at.background], **QUIET)
 

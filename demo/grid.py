@@ -131,7 +131,7 @@ def _settings(lane: Lane) -> dict[str, Any]:
         label="A picture to set out from, for strength",
         file_types=["image"],
         type="filepath",
-        height=110,
+        height=140,
         elem_id="grid-picture",
     )
     return {"adapter": adapter, "seed": seed, **tuned, "picture": picture}

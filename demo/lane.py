@@ -104,7 +104,9 @@ class Lane:
         self.runs = runs or Runs()
         self.person: Any = None  # the component that knows whose page it is
         self.model: Any = None  # the picker of models
-        self.ticket: Any = None  # the component with the secret name of a browser's tab
+        self.opened: Callable[[Any], None] = lambda event: (
+            None
+        )  # adds what follows when a page has been opened
         self.pickers: dict[str, Any] = {}  # of adapters, by tab
         self._drawings: dict[str, Drawing] = {}
 

@@ -12,7 +12,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 
 from . import cards
 from .adapters import MAX_WEIGHT, NONE, choices, chosen, refreshed
-from .controls import QUIET, SHOWN, TICKET
+from .controls import QUIET, SHOWN
 from .lane import REFUSED, Lane
 from .request import size_name, sizes
 
@@ -66,12 +66,13 @@ def kept(lane: Lane) -> list[Any]:
 
 
 def wire(lane: Lane, studio: gr.Blocks) -> None:
-    """Connect the pickers, once every tab is laid out. A page that is opened gets its ticket last."""
+    """Connect the pickers, once every tab is laid out."""
     found = gr.JSON(label="Kept", visible="hidden")
     everything, worn = following(lane), [picker.choice for picker in lane.pickers.values()]
-    studio.load(
+    opened = studio.load(
         lambda person, kept: reopen(lane, person, kept), [lane.person, found], everything, js=KNOWN, **QUIET
-    ).then(None, None, lane.ticket, js=TICKET, **QUIET)
+    )
+    lane.opened(opened)
     lane.model.choice.input(
         lambda person, name, *worn: choose(lane, person, name, *worn),
         [lane.person, lane.model.choice, *worn],

@@ -130,7 +130,7 @@ def _settings(lane: Lane) -> dict[str, Any]:
         "seed": gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="vary-seed"),
         "fresh": gr.Checkbox(True, label="A new seed for every drawing", container=False),
     }
-    with gr.Accordion("More settings", open=False):
+    with gr.Accordion("More settings", open=False, elem_classes="more"):
         return parts | tuning(lane, "vary-")
 
 

@@ -376,7 +376,7 @@ def test_f5_the_cache_is_cleaned_and_bounded(studio, http, drawn, monkeypatch):
 
 def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http, monkeypatch):
     assert (
-        studio.max_file_size == dataset.MOST_BYTES < gate.MAX_UPLOAD - 2**20
+        studio.max_file_size == dataset.MOST_BYTES <= gate.MAX_UPLOAD - 2**20
     )  # a zip of pictures, in its form
     before = {file for file in folder_of(studio).rglob("*") if file.is_file()}
     monkeypatch.setattr(studio, "max_file_size", 10**6)
@@ -391,20 +391,19 @@ def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http, monkeypa
     assert http.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
 
 
-def test_u1_pictures_and_rows_may_have_less_than_a_zip(tmp_path, tiny_pipe):
+def test_u1_pictures_and_rows_may_have_less_than_a_zip(studio, tmp_path, tiny_pipe):
     large = tmp_path / "large.png"
     with large.open("wb") as file:
         file.truncate(HANDED_BYTES + 1)
     with pytest.raises(gr.Error, match="too large: 20 MB at most"):
-        vary.Tab.upload(None, str(large))
+        vary.Tab(None, None).upload(str(large))
     with pytest.raises(ValueError, match="too large"):
         grid._requests([{"prompt": "x"}], str(large), tiny_pipe.defaults)
-    with pytest.raises(ValueError, match="too large"):
-        batch._source(None, "", str(large))
-    studio = app.build(Models(Engine(tiny_pipe)))
     tab = next(fn.fn for fn in studio.fns.values() if fn.name == "read")
     with pytest.raises(gr.Error, match="too large"):
         tab(str(large), "tiny")
+    with pytest.raises(ValueError, match="too large"):
+        batch._source(None, "", str(large.rename(tmp_path / "large.csv")))
 
 
 @pytest.mark.parametrize(
