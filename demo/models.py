@@ -41,7 +41,7 @@ def model_picker(lane: Lane) -> Picker:
     with gr.Row(elem_id="head"):
         head = gr.HTML(_header(lane, lane.pipe), elem_id="mast")
         choice = gr.Dropdown(
-            names, value=names[0], label="Model", elem_id="model", min_width=150, scale=0, visible=len(names) > 1
+            names, value=names[0], label="Model", elem_id="model", min_width=110, scale=0, visible=len(names) > 1
         )  # fmt: skip
     return Picker(choice, head)
 

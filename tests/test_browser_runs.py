@@ -191,10 +191,12 @@ def test_a_reload_keeps_the_model_the_adapter_and_its_weight(context, desk):
     page.get_by_role("tab", name="Create", exact=True).click()
     choose(page, "#model", "wide")
     expect(page.locator("#adapter input")).to_have_value("none")  # it is for the other model
+    page.click("#more > button")
     expect(page.locator("#steps input[type=number]")).to_have_value("5")
     page.reload()
     page.wait_for_selector("#generate")
     expect(page.locator("#model input")).to_have_value("wide")
+    page.click("#more > button")
     expect(page.locator("#steps input[type=number]")).to_have_value("5")
     choose_count(page, 1)
     page.fill("#prompt textarea", "a red apple")
