@@ -1,4 +1,4 @@
-"""The picker of adapters, in Create and in Batch: a person's own, and those that the studio was opened with."""
+"""The pickers of adapters, one a tab that draws: a person's own, and those that the studio was opened with."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.lora import CONFIG, WEIGHTS
+from diffusionfm.lora import CONFIG, WEIGHTS, base_of
+from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.wardrobe import Loras
 
 from .lane import Lane
 
 NONE = "none"
 MAX_WEIGHT = 2.0
+IDS = {"create": "adapter", "vary": "vary-adapter", "grid": "grid-adapter", "batch": "b-adapter"}
+"""The pickers by tab, and their ids on the page."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,7 @@ class Adapter:
 
 def pickers(lane: Lane) -> dict[str, Picker]:
     """The pickers of the tabs, not placed yet: each must be known to the others' events."""
-    return {
-        name: _picker(lane, elem_id) for name, elem_id in {"create": "adapter", "batch": "b-adapter"}.items()
-    }
+    return {tab: _picker(lane, elem_id) for tab, elem_id in IDS.items()}
 
 
 def _picker(lane: Lane, elem_id: str) -> Picker:
@@ -64,10 +66,14 @@ def place(picker: Picker) -> Picker:
 
 
 def choices(lane: Lane, person: str) -> list[tuple[str, str]]:
-    """(name, value) of what a person may choose."""
-    public = [(name, f"public {name}") for name in lane.pipe.loras]
-    own = [(run.facts["name"], run.key) for run in lane.runs.all(person, "finetune") if _is_done(run.out)]
-    return [(NONE, NONE), *own, *public]
+    """(name, value) of what a person may choose; names tell the model where there are several."""
+
+    def told(name: str, model: str) -> str:
+        return f"{name} ({model})" if model and len(lane.models.names) > 1 else name
+
+    public = [(told(name, lane.pipe.model_name), f"public {name}") for name in lane.pipe.loras]
+    done = [run for run in lane.runs.all(person, "finetune") if _is_done(run.out)]
+    return [(NONE, NONE), *((told(run.facts["name"], base_of(run.out)[0]), run.key) for run in done), *public]
 
 
 def refreshed(lane: Lane, person: str, chosen: str | None = None) -> dict[Any, Any]:
@@ -76,20 +82,36 @@ def refreshed(lane: Lane, person: str, chosen: str | None = None) -> dict[Any, A
     return {picker.choice: gr.Dropdown(**new) for picker in lane.pickers.values()}
 
 
-def chosen(lane: Lane, person: str, choice: str | None, weight: float) -> Adapter | None:
-    """What was chosen. ValueError when this person has no such adapter."""
+def chosen(
+    lane: Lane, person: str, choice: str | None, weight: float, pipe: DiffusionFMPipeline
+) -> Adapter | None:
+    """What was chosen. ValueError when this person has no such adapter, or it is for another model than `pipe`."""
     if choice in (None, "", NONE):
         return None
     name = str(choice).removeprefix("public ")
     if name in lane.pipe.loras and str(choice).startswith("public "):
+        if pipe is not lane.pipe:
+            raise ValueError(_other(name, lane.pipe.model_name))
         return Adapter(name, lane.pipe.lora_sources[name], float(weight), public=True)
     run = lane.runs.get(person, "finetune", choice)
     if run is None or not _is_done(run.out):
         raise ValueError("that adapter is gone: choose another")
+    model, weights = base_of(run.out)
+    if weights and pipe.base_hash not in ("", weights):
+        raise ValueError(_other(run.facts["name"], model))
     return Adapter(run.facts["name"], run.out, float(weight), public=False)
 
 
-def put_on(lane: Lane, adapter: Adapter | None) -> Loras:
+def wear(lane: Lane, engine: Engine, person: str, choice: str | None, weight: float) -> Loras:
+    """What a request asks an engine for, so that it draws with what was chosen. Raises as `chosen` and `put_on`."""
+    return put_on(engine, chosen(lane, person, choice, weight, engine.pipe))
+
+
+def _other(name: str, model: str) -> str:
+    return f"the adapter {name!r} is for the model {model!r}: choose that model, or another adapter"
+
+
+def put_on(engine: Engine, adapter: Adapter | None) -> Loras:
     """What a request asks the engine for, which has the adapter then. Raises what `Engine.add_lora` does."""
     if adapter is None:
         return ()
@@ -100,7 +122,7 @@ def put_on(lane: Lane, adapter: Adapter | None) -> Loras:
         r"[^a-zA-Z0-9 _-]", "-", adapter.name
     )  # what files of pictures say; the rest nobody guesses
     name = f"{told}+{hashlib.sha256(str(adapter.source).encode() + content).hexdigest()}"
-    lane.engine.add_lora(adapter.source, name)
+    engine.add_lora(adapter.source, name)
     return ((name, adapter.weight),)
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,25 @@ from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.gate import Gate
+from diffusionfm.serve.models import Models
 from diffusionfm.serve.safety import Safety
 
-from . import cards
 from .adapters import pickers
 from .api import generate_endpoint
 from .batch import batch
+from .cards import NAME
 from .create import create
+from .dataset import MOST_BYTES
 from .finetune import finetune
 from .grid import grid
 from .lane import Lane, owner_of
+from .models import model_picker, wire
 from .person import person
 from .restore import restore
 from .runs import ROOT, Runs
 from .theme import HEAD, css, theme
 from .vary import vary
 
-NAME = "DiffusionFM Studio"
 HOST = "127.0.0.1"
 HOUR = 3600
 LAUNCH: dict[str, Any] = {
@@ -48,7 +50,7 @@ LAUNCH: dict[str, Any] = {
     "auth": None,
     "allowed_paths": [],
     "blocked_paths": [],
-    "max_file_size": "20mb",
+    "max_file_size": MOST_BYTES,  # of a zip of pictures; a picture may have less (request.small)
     "enable_monitoring": False,
     "run_history": False,
     "show_error": False,
@@ -126,18 +128,17 @@ async def _fetch_nothing(url: str, cache_dir: str) -> str:
     raise ValueError("addresses are not fetched: upload the file")
 
 
-def build(engine: Engine, runs: Runs | None = None) -> gr.Blocks:
-    """The page around an engine, and around the long runs that people begin. Serve it with `launch`."""
+def build(models: Models, runs: Runs | None = None) -> gr.Blocks:
+    """The page around some models, and around the long runs that people begin. Serve it with `launch`."""
     seal()
-    lane, pipe = Lane(engine, runs), engine.pipe
-    size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
+    lane = Lane(models, runs)
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
-        gr.HTML(cards.header(NAME, [f"model {pipe.model_name}", size, "transparent"]), elem_id="mast")
-        lane.person, lane.pickers = person(studio), pickers(lane)
+        lane.person, lane.model, lane.pickers = person(studio), model_picker(lane), pickers(lane)
         with gr.Tabs(elem_id="tabs"):
             for title, lay_out in TABS.items():
                 with gr.Tab(title, id=title):
                     lay_out(lane)
+        wire(lane, studio)
         generate_endpoint(lane)
 
         def leave(request: gr.Request) -> None:
@@ -148,7 +149,7 @@ def build(engine: Engine, runs: Runs | None = None) -> gr.Blocks:
 
 
 def launch(
-    studio: gr.Blocks, engine: Engine, port: int, inbrowser: bool = False, access: Access | None = None
+    studio: gr.Blocks, models: Models, port: int, inbrowser: bool = False, access: Access | None = None
 ) -> None:
     """Serve the page, and the API beside it, from a thread, dressed and locked down.
 
@@ -157,7 +158,7 @@ def launch(
     access = access or Access()
     if access.shared:
         os.environ["FORWARDED_ALLOW_IPS"] = HOST  # the tunnel's end, which says who asks
-    service = Service(engine, access)
+    service = Service(models, access)
     own = [route.path.partition("{")[0] for route in service.routes()]
 
     folder = Path(get_upload_folder()).resolve()
@@ -194,13 +195,14 @@ def main(
     loras: Sequence[tuple[Path, float]] = (),
     lora_any: bool = False,
     runs: Path = ROOT,
+    models: Mapping[str, Path] | None = None,
 ) -> None:
     """Load a model folder (None: the shipped one) and serve the studio until interrupted.
 
     access: who may come in, and where it listens; else everyone on this machine may, on 127.0.0.1. safety: what is
     done about prompts that the list of words flags.
     loras: (folder or file, scale) of those that everyone is offered; lora_any: also such as were trained on another
-    model. runs: the folder for what people fine-tune and draw in batches.
+    model. runs: the folder for what people fine-tune and draw in batches. models: further ones to choose from, by name.
     Raises ValueError for a model that cannot be loaded, an absent device, or a port in use.
     """
     if not 0 <= port < 65536:
@@ -209,11 +211,11 @@ def main(
     for source, scale in loras:
         if word := pipe.load_lora(source, scale, lora_any):
             print(f"note: {word}", flush=True)
-    engine, keeper = Engine(pipe, safety=safety), Runs(runs)
-    studio = build(engine, keeper)
+    offered, keeper = Models(Engine(pipe, safety=safety), models), Runs(runs)
+    studio = build(offered, keeper)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # stop what is under way, as Ctrl+C does
     try:
-        launch(studio, engine, port, open_browser, access)
+        launch(studio, offered, port, open_browser, access)
         if access is not None and access.shared and not studio.share_url:
             raise ValueError(
                 "no share link could be made: it needs the network, and a program that Gradio fetches"
@@ -225,7 +227,7 @@ def main(
     finally:
         signal.signal(signal.SIGTERM, before)
         keeper.close()
-        engine.close(timeout=0)
+        offered.close(timeout=0)
         shutil.rmtree(get_upload_folder(), ignore_errors=True)
 
 

@@ -23,15 +23,16 @@ from diffusionfm.batch.watch import Look, look
 from . import runcards
 from .adapters import NONE, choices, chosen
 from .batch_controls import EMPTY, Controls, lay_out
+from .cards import bar, note
 from .lane import Lane
 from .processes import Command, ask
-from .runcards import note
+from .request import small
 from .runs import Run, State
 from .runtab import HIDDEN, RunTab, Update, told, waiting
 
 MOST = 10_000  # pictures of a run in the studio
 LIVE = 12  # pictures shown while it draws
-SETTINGS = ("repeats", "seed", "format", "to", "adapter", "weight")
+SETTINGS = ("repeats", "seed", "format", "to", "adapter", "weight", "model")
 
 
 def batch(lane: Lane) -> None:
@@ -39,7 +40,7 @@ def batch(lane: Lane) -> None:
     at = lay_out(lane)
     tab = Tab(lane, at)
     asked = [lane.person, at.key, at.rows, at.file, at.repeats, at.seed, at.format, at.to]
-    asked += [at.adapter.choice, at.adapter.weight]
+    asked += [at.adapter.choice, at.adapter.weight, lane.model.choice]
     at.plan.click(tab.plan, asked, at.all(), trigger_mode="once", **HIDDEN | {"concurrency_limit": 1})
     at.start.click(tab.start, asked, at.all(), trigger_mode="once", **HIDDEN)
     tab.wire(at.all())
@@ -72,7 +73,9 @@ class Tab(RunTab):
                 raise ValueError(
                     f"{count:,} pictures: the studio draws {MOST:,}, `diffusionfm batch` any number"
                 )
-            flagged = [str(row.prompt) for row in found if self.lane.engine.safety.check(str(row.prompt))]
+            flagged = [
+                str(row.prompt) for row in found if self.lane.models.first.safety.check(str(row.prompt))
+            ]
         except ValueError:
             self.runs.delete(run)
             raise
@@ -85,13 +88,14 @@ class Tab(RunTab):
         Options(repeats=int(repeats), seed=int(seed), format=form, to=to)
         if form == "svg" and to != "folder":
             raise ValueError("SVG comes in a zip alone: readers of shards and Parquet know pixels")
-        worn = chosen(self.lane, person, settings["adapter"], settings["weight"])
-        model = Path(self.lane.pipe.config["_name_or_path"]).resolve()
-        many, start, device = str(int(repeats)), str(int(seed)), self.lane.pipe.device.type
+        pipe = self.lane.models.engine(settings["model"]).pipe
+        worn = chosen(self.lane, person, settings["adapter"], settings["weight"], pipe)
+        model = Path(pipe.config["_name_or_path"]).resolve()
+        many, start, device = str(int(repeats)), str(int(seed)), pipe.device.type
         command = ["batch", str(source), "--out", str(run.out), "--n", many, "--seed", start]
         command += ["--format", form, "--to", to, "--model", str(model), "--device", device]
-        command += ["--fast"] if self.lane.pipe.fast else []
-        command += ["--dtype", str(self.lane.pipe.transformer.dtype).removeprefix("torch.")]
+        command += ["--fast"] if pipe.fast else []
+        command += ["--dtype", str(pipe.transformer.dtype).removeprefix("torch.")]
         command += ["--lora", f"{worn.source.resolve()}:{worn.weight:g}"] if worn else []
         return command + (
             ["--lora-any"] if worn and worn.public else []
@@ -181,11 +185,9 @@ class Tab(RunTab):
         if state.word == "stopped":
             return note(f"Stopped after {gone} of {total} pictures. Resume goes on from there.") + broken
         if not gone:
-            return runcards.bar(0, total, "Loading the model …", "Drawing")
+            return bar(0, total, "Loading the model …", "Drawing")
         left = found.seconds / max(1, found.done) * (total - gone)
-        return (
-            runcards.bar(gone, total, f"{gone} of {total} pictures{runcards.left(left)}", "Drawing") + broken
-        )
+        return bar(gone, total, f"{gone} of {total} pictures{runcards.left(left)}", "Drawing") + broken
 
     def _taken(self, run: Run) -> gr.File:
         """What was drawn, to take away: a zip, or the shards."""
@@ -204,7 +206,7 @@ def _source(run: Run, rows: str, file: str | None) -> Path:
         kind = Path(file).suffix.lower()
         if kind not in FORMATS:
             raise ValueError(f"rows come as {', '.join(FORMATS)}, not {kind}")
-        return Path(shutil.copyfile(file, run.folder / f"rows{kind}"))
+        return Path(shutil.copyfile(small(file), run.folder / f"rows{kind}"))
     if not rows.strip():
         raise ValueError("write a prompt a line, or upload a file of rows")
     source = run.folder / "rows.txt"

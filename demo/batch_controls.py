@@ -9,8 +9,8 @@ import gradio as gr
 
 from diffusionfm.batch.readers import FORMATS
 
-from . import runcards
 from .adapters import Picker, place
+from .cards import empty
 from .controls import ANNOUNCE
 from .lane import Lane
 from .request import MAX_SEED
@@ -20,7 +20,7 @@ PLACES = {"files in a zip": "folder", "WebDataset shards": "webdataset", "Parque
 MOST_EACH = 20
 EVERY = 2.0  # seconds between looks at a run
 EXAMPLE = "a {red|blue|green} apple\na flat emoji of a smiling cat --d 7\na 3D emoji of a rocket --s 20 --l 5"
-EMPTY = runcards.empty("A picture for every line.", "Write some prompts, see the plan, draw them all.")
+EMPTY = empty("A picture for every line.", "Write some prompts, see the plan, draw them all.")
 
 
 @dataclass(frozen=True)

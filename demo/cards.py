@@ -15,8 +15,15 @@ from diffusionfm.images import format_a1111
 from .request import file_name
 from .theme import MARK
 
-PREVIEW_SIZE = 512
-"""Longest side of a preview in pixels: previews are looks, not results."""
+NAME = "DiffusionFM Studio"
+PREVIEW_SIZE = (512, 512)
+"""Pixels of a preview at most: previews are looks, not results."""
+
+EMPTY = (
+    "Your pictures appear here.",
+    "The checkerboard is nothing at all: it shows where a picture is transparent.",
+)
+"""What is written on Create's stage before the first picture."""
 
 VEIL = '<label class="veil"><input type="checkbox"> Show anyway</label>'
 """Beside a picture: blurs it until it is ticked."""
@@ -53,19 +60,18 @@ def examples() -> str:
     return f'<h2 class="small-title">How to ask</h2><ul class="lessons">{cards}</ul>'
 
 
-def empty() -> str:
-    """The stage before the first picture."""
-    return (
-        '<div class="stage empty"><div class="board"></div>'
-        "<p><b>Your pictures appear here.</b><br>"
-        "The checkerboard is nothing at all: it shows where a picture is transparent.</p></div>"
-    )
+def empty(title: str, words: str) -> str:
+    """A stage with nothing on it yet, and what to do about that."""
+    return f'<div class="stage empty"><div class="board"></div><p><b>{escape(title)}</b><br>{escape(words)}</p></div>'
 
 
 def drawing(previews: Sequence[Image.Image], count: int) -> str:
     """The stage while it draws: the latest previews, or blank frames before the first."""
     if previews:
-        frames = [f'<img src="{_webp(image)}" alt="Preview {i}">' for i, image in enumerate(previews, 1)]
+        frames = [
+            f'<img src="{webp(image, PREVIEW_SIZE)}" alt="Preview {i}">'
+            for i, image in enumerate(previews, 1)
+        ]
     else:
         frames = [""] * count
     body = "".join(f'<li class="card"><div class="board wet">{frame}</div></li>' for frame in frames)
@@ -86,7 +92,7 @@ def results(pictures: Sequence[bytes], parameters: Sequence[Mapping[str, Any]], 
 
 
 def _card(number: int, data: bytes, its: Mapping[str, Any], flagged: bool) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    source = data_url(data)
     prompt, seed = its["prompt"], its["seed"]
     name = f"{file_name(prompt, seed)}.png"
     acts = [
@@ -115,7 +121,7 @@ def veiled(flagged: Sequence[str]) -> list[str]:
 
 def waiting(ahead: int) -> str:
     """The progress line before the first step."""
-    return _bar(0, 1, place(ahead) if ahead else "Starting …")
+    return bar(0, 1, place(ahead) if ahead else "Starting …")
 
 
 def place(ahead: int) -> str:
@@ -126,15 +132,22 @@ def place(ahead: int) -> str:
 def progress(step: int, total: int, seconds_left: float) -> str:
     """The progress line: a bar, the step, and what is left."""
     left = f" · {_seconds(seconds_left)} left" if step < total else ""
-    return _bar(step, total, f"Step {step} of {total}{left}")
+    return bar(step, total, f"Step {step} of {total}{left}")
 
 
-def _bar(step: int, total: int, words: str) -> str:
+def bar(done: int, total: int, words: str, label: str = "Drawing") -> str:
+    """A progress line: how much of the total is done, and a word under it."""
+    share = 100 * min(done, total) / total if total else 0
     return (
-        f'<div class="progress"><div class="bar" role="progressbar" aria-label="Drawing" aria-valuemin="0" '
-        f'aria-valuemax="{total}" aria-valuenow="{step}"><i style="width:{100 * step / total:.1f}%"></i></div>'
+        f'<div class="progress"><div class="bar" role="progressbar" aria-label="{escape(label)}" aria-valuemin="0" '
+        f'aria-valuemax="{total}" aria-valuenow="{done}"><i style="width:{share:.1f}%"></i></div>'
         f"<p>{escape(words)}</p></div>"
     )
+
+
+def note(text: str, kind: str = "plain") -> str:
+    """One quiet line under the stage, "" for none; `kind` is plain or warn."""
+    return notes([text] if text else [], kind)
 
 
 def notes(texts: Sequence[str], kind: str = "plain") -> str:
@@ -161,9 +174,14 @@ def _seconds(seconds: float) -> str:
     return f"about {round(seconds / 60)} min"
 
 
-def _webp(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
-    buffer = io.BytesIO()
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    """A file as a URL."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def webp(image: Image.Image, size: tuple[int, int]) -> str:
+    """A look at a picture, as a URL, no larger than that."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail(size)
     small.save(buffer, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(buffer.getvalue(), "image/webp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,23 @@ from .request import (
     sizes,
 )
 
+SHOWN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {"queue": False, **SHOWN}
+"""Of events that programs are not offered: those that queue, whose errors are shown, and those that take no time."""
 ANNOUNCE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 HERE = Path(__file__).parent
 TELL = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-value]');
   if (button) trigger('click', {value: button.dataset.value});
 });"""
-TICKET = """() => {
-  const known = sessionStorage.getItem('diffusionfm-ticket');
-  if (known) return known;
+TICKET = """(...given) => {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
-  const ticket = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
+  const fresh = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
+  const ticket = sessionStorage.getItem('diffusionfm-ticket') ?? fresh;
   sessionStorage.setItem('diffusionfm-ticket', ticket);
-  return ticket;
+  return [...given.slice(0, -1), ticket];
 }"""
-"""Gives a browser's tab a secret name, by which it finds its drawing after a reload."""
+"""Of an event: its last input is the secret name of the browser's tab, by which it finds its drawing after a reload."""
 SAVE = """parcel => {
   if (!parcel) return;
   const link = document.createElement('a');
@@ -90,14 +91,10 @@ def lay_out(lane: Lane) -> Controls:
             parts = _asking()
         with gr.Column(min_width=240, elem_classes=["sheet", "tune"]):
             parts |= _looks() | {"adapter": place(lane.pickers["create"])} | _seeds()
-            parts |= _settings(lane.pipe.defaults)
+            parts |= _settings(lane)
         with gr.Column(min_width=240, elem_classes="easel"):
-            parts["stage"] = gr.HTML(cards.empty(), elem_id="stage", js_on_load=_script("create.js"))
-            parts["status"] = gr.HTML("", elem_id="status")
+            parts |= easel("", cards.EMPTY, _script("create.js"))
             parts["advice"] = gr.HTML("", elem_id="advice")
-            parts["said"] = gr.HTML(
-                "", elem_id="announcer", elem_classes="visually-hidden", js_on_load=ANNOUNCE
-            )
     parts["history"] = gr.HTML(cards.history(), elem_id="history", js_on_load=_script("history.js"))
     parts["lessons"] = gr.HTML(cards.examples(), elem_id="lessons", js_on_load=TELL)
     return Controls(
@@ -106,6 +103,63 @@ def lay_out(lane: Lane) -> Controls:
         ticket=gr.Textbox(label="Ticket", visible="hidden"),
         parcel=gr.JSON(label="Parcel", visible="hidden"),
     )
+
+
+# ------------------------------------------------------------------ what several tabs have
+
+
+def actions(word: str, draw: str, cancel: str) -> tuple[gr.Button, gr.Button]:
+    """The buttons that draw and that cancel; their ids."""
+    with gr.Row(elem_classes="actions"):
+        return (
+            gr.Button(word, variant="primary", size="lg", scale=3, min_width=120, elem_id=draw),
+            gr.Button("Cancel", size="lg", scale=1, min_width=90, interactive=False, elem_id=cancel),
+        )
+
+
+def easel(prefix: str, hint: tuple[str, str], script: str) -> dict[str, Any]:
+    """Where pictures come to stand, with lines under them, one of those for ears alone; prefix: of their ids."""
+    silent: dict[str, Any] = {"elem_classes": "visually-hidden", "js_on_load": ANNOUNCE}
+    return {
+        "stage": gr.HTML(cards.empty(*hint), elem_id=f"{prefix}stage", js_on_load=script),
+        "status": gr.HTML("", elem_id=f"{prefix}status"),
+        "said": gr.HTML("", elem_id=f"{prefix}announcer", **silent),
+    }
+
+
+def tuning(lane: Lane, prefix: str = "") -> dict[str, Any]:
+    """Steps and guidance, which follow the model that is chosen, and what to leave out; prefix: of their ids."""
+    defaults = lane.pipe.defaults
+    negative = gr.Textbox(
+        label="Leave out",
+        placeholder="what should not be in it",
+        max_length=MAX_PROMPT,
+        elem_id=f"{prefix}negative",
+    )
+    steps = gr.Slider(
+        1,
+        MAX_STEPS,
+        value=defaults["steps"],
+        step=1,
+        label="Steps",
+        elem_id=f"{prefix}steps",
+        info="More steps draw finer and take longer.",
+    )
+    guidance = gr.Slider(
+        0,
+        MAX_GUIDANCE,
+        value=defaults["guidance"],
+        step=0.1,
+        label="Guidance",
+        elem_id=f"{prefix}guidance",
+        info="Higher follows the prompt more closely and varies less.",
+    )
+    lane.model.steps.append(steps)
+    lane.model.guidance.append(guidance)
+    return {"negative": negative, "steps": steps, "guidance": guidance}
+
+
+# ------------------------------------------------------------------ parts of Create
 
 
 def _script(name: str) -> str:
@@ -124,13 +178,7 @@ def _asking() -> dict[str, Any]:
             elem_id="prompt",
         )
     }
-    with gr.Row(elem_classes="actions"):
-        parts["generate"] = gr.Button(
-            "Generate", variant="primary", size="lg", scale=3, min_width=120, elem_id="generate"
-        )
-        parts["cancel"] = gr.Button(
-            "Cancel", size="lg", scale=1, min_width=90, interactive=False, elem_id="cancel"
-        )
+    parts["generate"], parts["cancel"] = actions("Generate", "generate", "cancel")
     return parts
 
 
@@ -167,38 +215,15 @@ def _seeds() -> dict[str, Any]:
     return {"seed": number, "dice": dice, "reuse": reuse, "fresh": fresh}
 
 
-def _settings(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    with gr.Accordion("More settings", open=False, elem_id="more"):
-        negative = gr.Textbox(
-            label="Leave out",
-            placeholder="what should not be in it",
-            max_length=MAX_PROMPT,
-            elem_id="negative",
-        )
-        width, height = defaults["width"], defaults["height"]
+def _settings(lane: Lane) -> dict[str, Any]:
+    own = [lane.pipe.defaults[side] for side in ("width", "height")]
+    with gr.Accordion("More settings", open=False, elem_id="more", elem_classes="more"):
         size = gr.Dropdown(
-            sizes(width, height),
-            value=size_name(width, height),
+            sizes(*own),
+            value=size_name(*own),
             label="Size",
             elem_id="size",
             info="The first is what the model learned. Shapes are drawn with less care.",
         )
-        steps = gr.Slider(
-            1,
-            MAX_STEPS,
-            value=defaults["steps"],
-            step=1,
-            label="Steps",
-            elem_id="steps",
-            info="More steps draw finer and take longer.",
-        )
-        guidance = gr.Slider(
-            0,
-            MAX_GUIDANCE,
-            value=defaults["guidance"],
-            step=0.1,
-            label="Guidance",
-            elem_id="guidance",
-            info="Higher follows the prompt more closely and varies less.",
-        )
-    return {"negative": negative, "size": size, "steps": steps, "guidance": guidance}
+        lane.model.size.append(size)
+        return {"size": size} | tuning(lane)

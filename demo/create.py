@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import random
 import re
 from collections.abc import Iterator
@@ -11,12 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from diffusionfm.drawing import Cancelled, Pictures, Task
-from diffusionfm.serve.jobs import Request
+from diffusionfm.drawing import Cancelled, Pictures
 
 from . import cards
-from .adapters import chosen, put_on
-from .controls import SAVE, TICKET, Controls, lay_out
+from .adapters import wear
+from .controls import QUIET, SAVE, SHOWN, TICKET, Controls, lay_out
 from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Waiting, owner_of
 from .request import (
     AS_WRITTEN,
@@ -45,35 +43,38 @@ def create(lane: Lane) -> None:
     seen = [at.stage, at.status, at.advice, at.said, at.generate, at.cancel]
     settings = [at.prompt, at.style, at.background, at.negative, at.seed, at.fresh]
     settings += [at.steps, at.guidance, at.size]
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    quiet: dict[str, Any] = {"queue": False, **hidden}
-    watch: dict[str, Any] = {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, **hidden}
+    watch: dict[str, Any] = {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, "js": TICKET, **SHOWN}
+    who = [lane.person, lane.model.choice, at.adapter.choice, at.adapter.weight]
     gr.on(
         [at.generate.click, at.prompt.submit],
         tab.begin,
-        [*settings, at.count, lane.person, at.adapter.choice, at.adapter.weight, at.ticket],
+        [*settings, at.count, *who, at.ticket],
         [*seen, at.seed],
+        js=TICKET,
         trigger_mode="once",
         concurrency_limit=None,  # queued, for an error of an unqueued event is not shown; yet it waits for nobody
-        **hidden,
+        **SHOWN,
     ).success(tab.draw, at.ticket, [*seen, at.last], scroll_to_output=True, **watch).failure(
-        tab.fail, None, seen, **quiet
+        tab.fail, None, seen, **QUIET
     )
-    page = gr.context.Context.root_block
-    assert page is not None  # tabs are laid out inside one
-    page.load(None, None, at.ticket, js=TICKET, **quiet).then(
-        tab.rejoin, at.ticket, [*seen, *settings, at.count], **quiet
-    ).success(tab.draw, at.ticket, [*seen, at.last], **watch).failure(tab.fail, None, seen, **quiet)
-    at.cancel.click(tab.cancel, at.ticket, [at.status, at.cancel], **quiet)
-    at.dice.click(lambda: (roll(), False), None, [at.seed, at.fresh], **quiet)
+
+    def rejoin(opened: Any) -> None:
+        opened.then(tab.rejoin, at.ticket, [*seen, *settings, at.count], js=TICKET, **QUIET).success(
+            tab.draw, at.ticket, [*seen, at.last], **watch
+        ).failure(tab.fail, None, seen, **QUIET)
+
+    lane.opened = rejoin
+    at.cancel.click(tab.cancel, at.ticket, [at.status, at.cancel], js=TICKET, **QUIET)
+    at.dice.click(lambda: (roll(), False), None, [at.seed, at.fresh], **QUIET)
     at.reuse.click(
-        lambda seed: (gr.skip() if seed is None else seed, False), at.last, [at.seed, at.fresh], **quiet
+        lambda seed: (gr.skip() if seed is None else seed, False), at.last, [at.seed, at.fresh], **QUIET
     )
-    at.stage.click(
-        tab.act, at.ticket, [at.seed, at.fresh, at.said, at.status, at.parcel], concurrency_limit=4, **hidden
-    ).then(None, at.parcel, None, js=SAVE, **quiet)
-    at.history.click(tab.restore, None, [*settings, at.said], **quiet)
-    at.lessons.click(tab.teach, None, [at.prompt, at.style, at.background], **quiet)
+    parts = [at.seed, at.fresh, at.said, at.status, at.parcel]
+    at.stage.click(tab.act, at.ticket, parts, js=TICKET, concurrency_limit=4, **SHOWN).then(
+        None, at.parcel, None, js=SAVE, **QUIET
+    )
+    at.history.click(tab.restore, lane.model.choice, [*settings, at.said], **QUIET)
+    at.lessons.click(tab.teach, None, [at.prompt, at.style, at.background], **QUIET)
 
 
 def roll() -> int:
@@ -101,6 +102,7 @@ class Tab:
         size: str,
         count: int,
         person: str,
+        model: str | None,
         adapter: str,
         weight: float,
         ticket: str,
@@ -114,12 +116,12 @@ class Tab:
         seed = roll() if fresh or seed is None else seed
         words = compose(prompt or "", style, background)
         try:
-            worn = put_on(self.lane, chosen(self.lane, person, adapter, weight))
+            worn = wear(self.lane, self.lane.models.engine(model), person, adapter, weight)
             asked = replace(asked_for(words, negative, seed, steps, guidance, count, size), loras=worn)
-            self.lane.start(_owner(ticket, request), asked, owner_of(request))
+            drawing = self.lane.start(_owner(ticket, request), asked, owner_of(request), model)
         except REFUSED as error:
             raise gr.Error(str(error), title="Not now", duration=10) from error
-        return self._begun(asked) | {self.at.seed: seed}
+        return self._begun(drawing) | {self.at.seed: seed}
 
     def draw(self, ticket: str, request: gr.Request) -> Iterator[Update]:
         """The drawing: its place, progress at every step, previews now and then, the pictures at last."""
@@ -134,7 +136,7 @@ class Tab:
                 else:
                     yield self._progress(event, drawing.request.num_images)
         except Cancelled:
-            yield self.clear() | {self.at.status: cards.notes(["Cancelled."]), self.at.said: "Cancelled."}
+            yield self.clear() | {self.at.status: cards.note("Cancelled."), self.at.said: "Cancelled."}
         except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
 
@@ -144,7 +146,7 @@ class Tab:
         if drawing is None or drawing.future.cancelled():
             return {self.at.said: gr.skip()}
         asked = drawing.request
-        return self._begun(asked) | {
+        return self._begun(drawing) | {
             self.at.prompt: asked.prompt,
             self.at.negative: asked.negative_prompt,
             self.at.seed: asked.seed,
@@ -157,7 +159,7 @@ class Tab:
     def clear(self) -> Update:
         """The bare stage, ready for the next drawing."""
         return self._ready() | {
-            self.at.stage: cards.empty(),
+            self.at.stage: cards.empty(*cards.EMPTY),
             self.at.status: "",
             self.at.advice: "",
             self.at.said: "Nothing was drawn.",
@@ -171,7 +173,7 @@ class Tab:
         """Stop this person's drawing, and nobody else's."""
         if not self.lane.cancel(_owner(ticket, request)):
             return {self.at.status: gr.skip()}  # it was finished already
-        return {self.at.status: cards.notes(["Stopping …"]), self.at.cancel: gr.Button(interactive=False)}
+        return {self.at.status: cards.note("Stopping …"), self.at.cancel: gr.Button(interactive=False)}
 
     def act(self, ticket: str, event: gr.EventData, request: gr.Request) -> Update:
         """What a finished picture's buttons do: "keep SEED", "svg NUMBER" or "zip"."""
@@ -182,7 +184,7 @@ class Tab:
                 self.at.seed: int(number),
                 self.at.fresh: False,
                 self.at.said: said,
-                self.at.status: cards.notes([said]),
+                self.at.status: cards.note(said),
                 self.at.parcel: None,
             }
         drawing = self.lane.find(_owner(ticket, request), owner_of(request))
@@ -191,17 +193,18 @@ class Tab:
         asked, pictures = drawing.request, drawing.future.result()
         if verb == "zip":
             return self._hand_over(
-                f"{file_name(asked.prompt)}.zip", "application/zip", zip_of(self.lane.pipe, asked, pictures)
+                f"{file_name(asked.prompt)}.zip", "application/zip", zip_of(drawing.model, asked, pictures)
             )
         seed = pictures.seeds[int(number)]
-        data = svg(self.lane.pipe, asked, pictures, int(number))
+        data = svg(drawing.model, asked, pictures, int(number))
         return self._hand_over(f"{file_name(asked.prompt, seed)}.svg", "image/svg+xml", data)
 
-    def restore(self, event: gr.EventData) -> Update:
+    def restore(self, model: str | None, event: gr.EventData) -> Update:
         """Settings that were pasted or kept in the history go back into the controls."""
         found = read_settings(str(event.value))
         update: Update = {self.at.fresh: False} if "seed" in found else {}
-        size, defaults = size_name(found.pop("width", 0), found.pop("height", 0)), self.lane.pipe.defaults
+        size = size_name(found.pop("width", 0), found.pop("height", 0))
+        defaults = self.lane.models.engine(model).pipe.defaults
         if size in sizes(defaults["width"], defaults["height"]):
             update[self.at.size] = size
         return update | {
@@ -215,12 +218,10 @@ class Tab:
         """An example fills the prompt; the pickers step aside, for its words say it all."""
         return {self.at.prompt: event.value, self.at.style: AS_WRITTEN, self.at.background: NOTHING}
 
-    def _begun(self, asked: Request) -> Update:
-        task = Task(asked.prompt, asked.negative_prompt, asked.seed)
-        advice = self.lane.pipe.advice([task], [name for name, _ in asked.loras])
-        advice += filter(None, [self.lane.runs.company()])
+    def _begun(self, drawing: Drawing) -> Update:
+        advice = [*drawing.advice, *filter(None, [self.lane.runs.company()])]
         return {
-            self.at.stage: cards.drawing([], asked.num_images),
+            self.at.stage: cards.drawing([], drawing.request.num_images),
             self.at.status: cards.waiting(0),
             self.at.advice: cards.notes(advice, "warn"),
             self.at.said: " ".join(["Drawing.", *advice]),
@@ -236,22 +237,22 @@ class Tab:
         return line | ({self.at.stage: cards.drawing(event.previews, count)} if event.previews else {})
 
     def _finished(self, drawing: Drawing, result: Pictures) -> Update:
-        pipe, asked = self.lane.pipe, drawing.request
+        model, asked = drawing.model, drawing.request
         told = f"{asked.prompt} · {seeds_in_words(result.seeds)}"
         number = "One picture" if len(result.images) == 1 else f"{len(result.images)} pictures"
         advice = [*result.warnings, *cards.veiled(result.flagged)]
         return self._ready() | {
             self.at.stage: cards.results(
-                encode(pipe, asked, result), parameters(pipe, asked, result), bool(result.flagged)
+                encode(model, asked, result), parameters(model, asked, result), bool(result.flagged)
             ),
-            self.at.status: cards.notes([told]),
+            self.at.status: cards.note(told),
             self.at.advice: cards.notes(advice, "warn"),
             self.at.said: " ".join([f"{number} drawn: {told}.", *advice]),
             self.at.last: result.seeds[0],
         }
 
     def _hand_over(self, name: str, kind: str, data: bytes) -> Update:
-        return {self.at.parcel: [name, f"data:{kind};base64,{base64.b64encode(data).decode()}"]}
+        return {self.at.parcel: [name, cards.data_url(data, kind)]}
 
     def _ready(self) -> Update:
         return {

@@ -19,15 +19,16 @@ from diffusionfm.finetune.report import REPORT
 from diffusionfm.finetune.settings import check_settings
 from diffusionfm.finetune.watch import Look, look
 from diffusionfm.lora import CONFIG, WEIGHTS
+from diffusionfm.pipeline import DiffusionFMPipeline
 
-from . import runcards
+from . import models, runcards
 from .adapters import refreshed
-from .cards import notes
+from .cards import bar, note, notes
+from .controls import QUIET
 from .dataset import SHEET, Rows, look_through, pictures_of, settle, take_in
 from .finetune_controls import EMPTY, Controls, lay_out
 from .lane import Lane
 from .processes import Command
-from .runcards import note
 from .runs import Run, State
 from .runtab import HIDDEN, RunTab, Update, told, waiting
 
@@ -40,17 +41,18 @@ def finetune(lane: Lane) -> None:
     at = lay_out()
     tab = Tab(lane, at)
     pickers = [picker.choice for picker in lane.pickers.values()]
-    everything, who = [*at.all(), *pickers], [lane.person, at.key]
+    everything, who, model = [*at.all(), *pickers], [lane.person, at.key], lane.model.choice
     captions = [at.missing, at.trigger]
     slow = HIDDEN | {"show_progress": "minimal", "concurrency_limit": 4}
-    at.files.upload(tab.take, [*who, at.files, at.name, *captions], everything, **slow)
+    at.files.upload(tab.take, [*who, at.files, at.name, *captions, model], everything, **slow)
     at.missing.input(tab.look, [*who, at.table, at.missing], everything, **HIDDEN)
-    settings = [at.name, at.preset, at.method, at.steps, at.prior, *captions]
+    settings = [at.name, at.preset, at.method, at.steps, at.prior, *captions, model]
     at.start.click(tab.start, [*who, at.table, *settings], everything, trigger_mode="once", **HIDDEN)
     at.preset.input(
         lambda preset: load_preset(preset).trainer.steps, at.preset, at.steps, queue=False, **HIDDEN
     )
-    at.use.click(tab.use, who, pickers, **HIDDEN).then(None, js=TO_CREATE, queue=False, **HIDDEN)
+    drawn_with = at.use.click(tab.use, [*who, model], models.following(lane), **HIDDEN)
+    drawn_with.then(None, models.kept(lane), js=models.KEEP, **QUIET).then(None, js=TO_CREATE, **QUIET)
     tab.wire(everything)
 
 
@@ -63,20 +65,22 @@ class Tab(RunTab):
     def __init__(self, lane: Lane, at: Controls):
         form = [at.files, at.missing, at.trigger, at.name, at.preset, at.method, at.steps, at.prior]
         super().__init__(lane, at, form)
-        self.size = lane.pipe.defaults["height"]
 
     # -------------------------------------------------------------- pictures
 
     @told
-    def take(self, person: str, key: str, files: list[str], name: str, missing: str, trigger: str) -> Update:
+    def take(
+        self, person: str, key: str, files: list[str], name: str, missing: str, trigger: str, model: str | None = None
+    ) -> Update:  # fmt: skip
         """Pictures were uploaded: into the draft that is open, or a new one."""
+        size = self.lane.models.engine(model).pipe.defaults["height"]
         run = self.draft(person, key) or self.runs.new(person, self.kind, name)
         try:
             take_in(run, files)
         except ValueError:
             self.runs.delete(run)
             raise
-        run.keep(settings={"missing": missing, "trigger": trigger})
+        run.keep(settings={"missing": missing, "trigger": trigger}, size=size)
         return self.shown(person, run)
 
     @told
@@ -90,7 +94,8 @@ class Tab(RunTab):
         return self._report(run, {name: text for name, text in rows if found.get(name) != text})
 
     def _report(self, run: Run, edited: dict[str, str] | None = None) -> Update:
-        report, found, sheet = look_through(run, self.size, run.facts["settings"]["missing"])
+        facts, own = run.facts, self.lane.pipe.defaults["height"]
+        report, found, sheet = look_through(run, facts.get("size", own), facts["settings"]["missing"])
         run.keep(report=[report.summary(), report.faults()], found=found)
         rows = [[name, (edited or {}).get(name, text)] for name, text in found]
         return {
@@ -106,7 +111,7 @@ class Tab(RunTab):
     @told
     def start(
         self, person: str, key: str, rows: Rows, name: str, preset: str, method: str, steps: int, prior: bool,
-        missing: str, trigger: str,
+        missing: str, trigger: str, model: str | None = None,
     ) -> Update:  # fmt: skip
         """Train on the draft that is open, or take up the run that was stopped: the same commands again."""
         run = self.runs.get(person, self.kind, key)
@@ -119,8 +124,9 @@ class Tab(RunTab):
             }  # fmt: skip
             self._check(run, rows, chosen)
             settle(run, rows, missing)
-            commands = self._commands(run, chosen)
-            run.keep(name=name.strip()[:60] or "my style", settings=chosen, commands=commands)
+            pipe = self.lane.models.engine(model).pipe
+            commands, name = self._commands(run, chosen, pipe), name.strip()[:60] or "my style"
+            run.keep(name=name, settings=chosen, commands=commands, model=pipe.model_name)
         self.runs.start(run, run.facts["commands"])
         return self.shown(person, run)
 
@@ -131,9 +137,9 @@ class Tab(RunTab):
         keys = ("preset", "method", "steps", "trigger")
         check_settings(configure(pictures_of(run), run.out, **{key: chosen[key] for key in keys}))
 
-    def _commands(self, run: Run, chosen: dict[str, Any]) -> list[Command]:
-        """The command lines that train, and that make a file for other programs."""
-        model = ["--model", str(Path(self.lane.pipe.config["_name_or_path"]).resolve())]
+    def _commands(self, run: Run, chosen: dict[str, Any], pipe: DiffusionFMPipeline) -> list[Command]:
+        """The command lines that train on a model, and that make a file for other programs."""
+        model = ["--model", str(Path(pipe.config["_name_or_path"]).resolve())]
         train = ["finetune", str(pictures_of(run)), "--out", str(run.out), *model]
         train += ["--preset", chosen["preset"], "--method", chosen["method"], "--steps", str(chosen["steps"])]
         train += ["--sample-every", str(max(1, chosen["steps"] // SHEETS))]
@@ -143,10 +149,6 @@ class Tab(RunTab):
         return [train, ["export", str(run.out), "--to", "kohya", "--out", str(_kohya(run)), *model]]
 
     # -------------------------------------------------------------- which run
-
-    def reopen(self, person: str) -> Update:
-        """A page that is opened: the run under way, or else the latest; and the adapters there are."""
-        return super().reopen(person) | refreshed(self.lane, person)
 
     def fresh(self, person: str) -> Update:
         """An empty page for another set of pictures."""
@@ -162,9 +164,12 @@ class Tab(RunTab):
         return super().delete(person, key) | refreshed(self.lane, person, "none")
 
     @told
-    def use(self, person: str, key: str) -> Update:
-        """Choose the run's adapter wherever one is drawn with."""
-        return refreshed(self.lane, person, key)
+    def use(self, person: str, key: str, model: str | None = None) -> Update:
+        """Choose the run's adapter wherever one is drawn with, and the model that it was trained on."""
+        run = self.runs.get(person, self.kind, key)
+        name = run and run.facts.get("model")
+        other = models.follow(self.lane, name) if name in self.lane.models.names and name != model else {}
+        return other | refreshed(self.lane, person, key if run else None)
 
     # -------------------------------------------------------------- what is seen
 
@@ -215,11 +220,9 @@ class Tab(RunTab):
         if state.word == "stopped":
             return note(f"Stopped at step {found.step} of {steps}. Resume goes on from there.")
         if not found.step:
-            return runcards.bar(0, steps, run.said or "Loading the model …", "Training")
+            return bar(0, steps, run.said or "Loading the model …", "Training")
         left = found.seconds / found.step * (steps - found.step)
-        return runcards.bar(
-            found.step, steps, f"Step {found.step} of {steps}{runcards.left(left)}", "Training"
-        )
+        return bar(found.step, steps, f"Step {found.step} of {steps}{runcards.left(left)}", "Training")
 
     def _taken(self, run: Run | None) -> Update:
         """The files to take away of a run that is done; of None, none."""

@@ -11,7 +11,7 @@ import torch
 from diffusionfm.finetune import load_preset
 from diffusionfm.finetune.settings import MAX_STEPS
 
-from . import runcards
+from .cards import empty
 from .controls import ANNOUNCE
 from .dataset import KINDS
 
@@ -24,7 +24,7 @@ MISSING = {
 PRESETS = {"laptop": "laptop: minutes on two cores", "gpu": "gpu: longer, for a graphics card"}
 METHODS = {"LoRA": "lora", "DoRA": "dora"}
 EVERY = 2.0  # seconds between looks at a run
-EMPTY = runcards.empty("Your own style or subject.", "Ten to fifty pictures are enough to begin with.")
+EMPTY = empty("Your own style or subject.", "Ten to fifty pictures are enough to begin with.")
 
 
 @dataclass(frozen=True)

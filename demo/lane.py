@@ -7,14 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition
 from typing import Any
 
 from PIL import Image
 
-from diffusionfm.drawing import Cancelled, Pictures
-from diffusionfm.serve.engine import Engine
+from diffusionfm.drawing import Cancelled, Pictures, Task
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
+from diffusionfm.serve.models import Models
 
 from .runs import Runs
 
@@ -56,11 +57,17 @@ def owner_of(request: Any) -> str:
 
 @dataclass(eq=False)
 class Drawing:
-    """One person's drawing, from the click to the last picture. Several may look on, one after another."""
+    """One person's drawing, from the click to the last picture. Several may look on, one after another.
+
+    It is kept for a while, so it holds no engine: model: the name of the one that draws; ahead: of the queue before it;
+    advice: what to know of the prompt."""
 
     request: Request
     page: str  # the open page that looks on; another after a reload
-    future: Future[Pictures]
+    model: str
+    advice: list[str]
+    future: Future[Pictures] = field(default_factory=Future)
+    ahead: Callable[[], int] = lambda: 0
     step: tuple[int, int, Callable[[], list[Image.Image]] | None] = (0, 0, None)
     paces: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=8))  # (when, step), of late
     changed: Condition = field(default_factory=Condition)
@@ -78,7 +85,7 @@ class Drawing:
     def end(self, _: Future[Pictures]) -> None:
         """The future's callback."""
         with self.changed:
-            self.ended, self.step = time.monotonic(), (*self.step[:2], None)
+            self.ended, self.step, self.ahead = time.monotonic(), (*self.step[:2], None), lambda: 0
             self.changed.notify_all()
 
     def seconds_left(self) -> float:
@@ -90,25 +97,33 @@ class Drawing:
 class Lane:
     """Drawings of open pages. Each is known by its owner, so nobody can stop, or see, another's.
 
-    runs: the long ones, trainings and batches."""
+    runs: the long ones, trainings and batches. pipe: the first model's, after which pages are laid out."""
 
-    def __init__(self, engine: Engine, runs: Runs | None = None):
-        self.engine, self.pipe = engine, engine.pipe
+    def __init__(self, models: Models, runs: Runs | None = None):
+        self.models, self.pipe = models, models.first.pipe
         self.runs = runs or Runs()
         self.person: Any = None  # the component that knows whose page it is
+        self.model: Any = None  # the picker of models
+        self.opened: Callable[[Any], None] = lambda event: (
+            None
+        )  # adds what follows when a page has been opened
         self.pickers: dict[str, Any] = {}  # of adapters, by tab
         self._drawings: dict[str, Drawing] = {}
 
-    def start(self, owner: str, request: Request, page: str = "") -> Drawing:
+    def start(self, owner: str, request: Request, page: str = "", model: str | None = None) -> Drawing:
         """Queue the owner's next drawing, which takes the place of the last one. Raises one of REFUSED at once."""
         self._sweep()
+        engine = self.models.engine(model)
         if old := self._drawings.get(owner):
             old.future.cancel()
         elif self.busy >= AT_ONCE:
             raise QueueFull(f"{self.busy} people are drawing: try again a little later", 5.0)
-        drawing = Drawing(request, page, Future())
+        task = Task(request.prompt, request.negative_prompt, request.seed)
+        advice = engine.pipe.advice([task], [name for name, _ in request.loras])
+        drawing = Drawing(request, page, engine.pipe.model_name, advice)
         drawing.paces.append((time.monotonic(), 0))
-        drawing.future = self.engine.submit(request, owner, drawing.report)
+        drawing.future = engine.submit(request, owner, drawing.report)
+        drawing.ahead = partial(engine.ahead, drawing.future)
         drawing.future.add_done_callback(drawing.end)
         self._drawings[owner] = drawing
         return drawing
@@ -143,7 +158,7 @@ class Lane:
                 show = preview() if preview and looks < look and step < total else None
                 seen, looks = step, look
                 yield Step(step, total, left, show)
-            elif not seen and (ahead := self.engine.ahead(drawing.future)) != place:
+            elif not seen and (ahead := drawing.ahead()) != place:
                 place = ahead
                 yield Waiting(ahead)
         try:
@@ -174,8 +189,8 @@ class Lane:
         self._sweep()
 
     def result(self, owner: str, request: Request) -> Pictures:
-        """Draw without looking on: the pictures."""
-        return self.engine.submit(request, owner).result()
+        """Draw with the first model, without looking on: the pictures."""
+        return self.models.first.submit(request, owner).result()
 
     def _sweep(self) -> None:
         """Stop what nobody came back to; forget what ended and nobody looks at, and the oldest of too many."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import zipfile
+from pathlib import Path
 from typing import Any
 
 from diffusionfm import __version__
 from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
 from diffusionfm.images import encode_png, parse_a1111
+from diffusionfm.inputs import HANDED_BYTES
 from diffusionfm.phrasing import in_style, on_background
-from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1
@@ -106,14 +108,14 @@ def read_settings(text: str) -> dict[str, Any]:
 # ------------------------------------------------------------------ files
 
 
-def parameters(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[dict[str, Any]]:
-    """All it takes to draw each of the pictures again."""
+def parameters(model: str, asked: Request, pictures: Pictures) -> list[dict[str, Any]]:
+    """All it takes to draw each of the pictures again; model: the name of the one that drew them."""
     common: dict[str, Any] = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "steps": asked.steps,
         "guidance": asked.guidance,
-        "model": pipe.model_name,
+        "model": model,
         "version": __version__,
     }
     if asked.loras:
@@ -126,26 +128,33 @@ def parameters(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) ->
     ]
 
 
-def encode(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> list[bytes]:
+def encode(model: str, asked: Request, pictures: Pictures) -> list[bytes]:
     """The pictures as PNG files, alpha kept, each with its parameters inside."""
-    said = parameters(pipe, asked, pictures)
+    said = parameters(model, asked, pictures)
     return [encode_png(image, its) for image, its in zip(pictures.images, said, strict=True)]
 
 
-def svg(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures, number: int) -> bytes:
+def svg(model: str, asked: Request, pictures: Pictures, number: int) -> bytes:
     """Picture `number`, traced."""
-    return trace(pictures.images[number], parameters=parameters(pipe, asked, pictures)[number])
+    return trace(pictures.images[number], parameters=parameters(model, asked, pictures)[number])
 
 
-def zip_of(pipe: DiffusionFMPipeline, asked: Request, pictures: Pictures) -> bytes:
+def zip_of(model: str, asked: Request, pictures: Pictures) -> bytes:
     """A ZIP of every picture, as PNG and as SVG."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for k, (data, seed) in enumerate(zip(encode(pipe, asked, pictures), pictures.seeds, strict=True)):
+        for k, (data, seed) in enumerate(zip(encode(model, asked, pictures), pictures.seeds, strict=True)):
             archive.writestr(f"{file_name(asked.prompt, seed)}.png", data)
-            traced = svg(pipe, asked, pictures, k)
+            traced = svg(model, asked, pictures, k)
             archive.writestr(f"{file_name(asked.prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def small(file: str) -> Path:
+    """An uploaded file that holds a picture or rows; ValueError, nothing of it read, for one of over HANDED_BYTES."""
+    if os.path.getsize(file) > HANDED_BYTES:
+        raise ValueError(f"the file is too large: {HANDED_BYTES // 10**6} MB at most, so save it smaller")
+    return Path(file)
 
 
 def file_name(prompt: str, seed: int | None = None) -> str:

@@ -11,12 +11,11 @@ import gradio as gr
 from diffusionfm.images import PARAMETERS, encode_png, read_parameters
 from diffusionfm.inputs import contain, open_picture
 
-from .controls import ANNOUNCE
+from .cards import data_url, empty, note, notes
+from .controls import ANNOUNCE, QUIET, SHOWN
 from .lane import Lane
-from .request import AS_WRITTEN, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, NOTHING
-from .shelf import data_url, empty, line
+from .request import AS_WRITTEN, MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, NOTHING, small
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 WORDS = {"negative_prompt": "leave out", "lora": "LoRA"}
 CREATE = ("prompt", "negative", "seed", "fresh", "steps", "guidance", "style", "background")
 """The components of Create that are filled, by their ids on the page."""
@@ -33,7 +32,7 @@ def restore(lane: Lane) -> None:
             file = gr.File(
                 label="A PNG or WebP that a generator wrote",
                 file_types=[".png", ".webp"],
-                type="binary",
+                type="filepath",
                 height=160,
                 elem_id="restore-file",
             )
@@ -41,7 +40,7 @@ def restore(lane: Lane) -> None:
                 "Send to Create", variant="primary", size="lg", interactive=False, elem_id="restore-send"
             )
             gr.HTML(
-                line(
+                note(
                     "Read here: this studio's own notes, and the parameters that AUTOMATIC1111 and its kin write."
                 )
             )
@@ -58,10 +57,11 @@ def restore(lane: Lane) -> None:
             )
     found = gr.State(None)
 
-    def read(data: bytes | None) -> tuple[Any, ...]:
-        if data is None:
+    def read(file: str | None, model: str) -> tuple[Any, ...]:
+        if file is None:
             return gr.skip(), "", None, gr.Button(interactive=False)
         try:
+            data = small(file).read_bytes()
             parameters = read_parameters(io.BytesIO(data))
             picture = contain(open_picture(data), 256, 256)
         except ValueError as error:
@@ -71,10 +71,10 @@ def restore(lane: Lane) -> None:
             if parameters
             else "This picture tells nothing of how it was made."
         )
-        shown = tell(encode_png(picture), parameters, lane.pipe.model_name)
+        shown = tell(encode_png(picture), parameters, model)
         return shown, told, parameters, gr.Button(interactive="prompt" in parameters)
 
-    file.change(read, file, [shown, said, found, send], show_progress="hidden", api_visibility="private")
+    file.change(read, [file, lane.model.choice], [shown, said, found, send], **SHOWN)
     send.click(
         lambda parameters: [*controls_of(parameters or {}), gr.Tabs(selected="Create"), "Sent to Create."],
         found,
@@ -90,16 +90,15 @@ def tell(picture: bytes, parameters: dict[str, Any], model: str) -> str:
         for name in PARAMETERS
         if name in parameters
     )
-    notes = []
+    words = []
     if not parameters:
-        notes.append("This picture tells nothing of how it was made.")
+        words.append("this picture tells nothing of how it was made")
     elif parameters.get("model", model) != model:
-        notes.append(f"Another model drew it; {model}, which is loaded, will draw a different picture.")
+        words.append(f"another model drew it; {model}, which is chosen, will draw a different picture")
     if "strength" in parameters:
-        notes.append("It was drawn from another picture, which the file does not hold.")
-    warnings = "".join(f'<p class="note warn">{escape(note)}</p>' for note in notes)
+        words.append("it was drawn from another picture, which the file does not hold")
     board = f'<div class="board"><img src="{data_url(picture)}" alt="The picture that was read"></div>'
-    return f'<div class="told"><div class="card">{board}</div><div><dl>{rows}</dl>{warnings}</div></div>'
+    return f'<div class="told"><div class="card">{board}</div><div><dl>{rows}</dl>{notes(words, "warn")}</div></div>'
 
 
 def _said(value: Any) -> str:

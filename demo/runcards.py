@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
@@ -10,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .cards import notes
+from .cards import webp
 
-SHEET_WIDTH = 1600
-"""Pixels that a sheet is sent with at most."""
+SHEET_SIZE = (1600, 16_000)
+"""Pixels that a sheet is sent with at most; WebP ends at 16,383."""
 SHOWN_FAULTS = 8
 
 
@@ -24,26 +23,6 @@ def lines(title: str, texts: Sequence[str], faults: Sequence[str] = ()) -> str:
     if len(faults) > SHOWN_FAULTS:
         items += f'<li class="amiss">and {len(faults) - SHOWN_FAULTS} more</li>'
     return f'<section class="report"><h3>{escape(title)}</h3><ul>{items}</ul></section>'
-
-
-def note(text: str, kind: str = "plain") -> str:
-    """One quiet line; `kind` is plain or warn."""
-    return notes([text] if text else [], kind)
-
-
-def empty(title: str, text: str) -> str:
-    """The place where a run will be seen."""
-    return f'<div class="stage empty"><div class="board"></div><p><b>{escape(title)}</b><br>{escape(text)}</p></div>'
-
-
-def bar(done: int, total: int, words: str, label: str) -> str:
-    """A progress line."""
-    share = 100 * min(done, total) / total if total else 0
-    return (
-        f'<div class="progress"><div class="bar" role="progressbar" aria-label="{escape(label)}" aria-valuemin="0" '
-        f'aria-valuemax="{total}" aria-valuenow="{done}"><i style="width:{share:.1f}%"></i></div>'
-        f"<p>{escape(words)}</p></div>"
-    )
 
 
 def left(seconds: float | None) -> str:
@@ -64,9 +43,11 @@ def curves(svg: str) -> str:
 def sheet(file: Path, caption: str) -> str:
     """A contact sheet or a sample sheet; on a phone it is moved sideways under the finger."""
     alt = escape(caption)
+    with Image.open(file) as picture:
+        shown = webp(picture.convert("RGB"), SHEET_SIZE)
     return (
         f'<figure class="sheetshot"><div tabindex="0" role="group" aria-label="{alt}">'
-        f'<img src="{_shrunk(file)}" alt="{alt}"></div><figcaption>{alt}</figcaption></figure>'
+        f'<img src="{shown}" alt="{alt}"></div><figcaption>{alt}</figcaption></figure>'
     )
 
 
@@ -80,21 +61,6 @@ def pictures(found: Sequence[tuple[str, bytes]]) -> str:
     return f'<ul class="stage grid few">{cards}</ul>' if cards else ""
 
 
-def _shrunk(file: Path) -> str:
-    with Image.open(file) as picture:
-        shown = picture.convert("RGB")
-    shown.thumbnail((SHEET_WIDTH, 20 * SHEET_WIDTH))
-    return _webp(shown)
-
-
 def _small(data: bytes) -> str:
     with Image.open(io.BytesIO(data)) as picture:
-        shown = picture.convert("RGBA")
-    shown.thumbnail((192, 192))
-    return _webp(shown)
-
-
-def _webp(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return webp(picture.convert("RGBA"), (192, 192))

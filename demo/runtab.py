@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from .lane import Lane
-from .runcards import note
+from .cards import note
+from .lane import REFUSED, Lane
 from .runs import Run, State
 
 Update = dict[Any, Any]
@@ -24,13 +24,13 @@ CONFIRM = "(...given) => confirm('Delete it and all that it made?') ? given : ['
 
 
 def told(event: Callable[..., Any]) -> Callable[..., Any]:
-    """An event whose ValueError is told to the person."""
+    """An event that tells the person what is refused."""
 
     @wraps(event)
     def wrapped(*args: Any) -> Any:
         try:
             return event(*args)
-        except (ValueError, OSError) as error:
+        except (*REFUSED, OSError) as error:
             raise gr.Error(str(error), title="Not like this", duration=12) from error
 
     return wrapped

@@ -1,9 +1,8 @@
-"""Several requests drawn together for a tab, and the HTML of how far they are and of what they gave."""
+"""Tabs whose drawing lasts as long as its event: requests drawn together, how far they are, and what they gave."""
 
 from __future__ import annotations
 
 import base64
-import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,10 +14,13 @@ from typing import Any
 import gradio as gr
 
 from diffusionfm.drawing import Pictures
+from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 
-from .cards import VEIL
-from .lane import REFUSED, Lane
+from .cards import VEIL, bar, data_url, note
+from .controls import QUIET, SHOWN
+from .lane import AT_ONCE, REFUSED, Lane
+from .request import file_name
 
 TAKE = """element.addEventListener('click', event => {
   const button = event.target.closest('button[data-take]');
@@ -28,6 +30,54 @@ TAKE = """element.addEventListener('click', event => {
 LAST = "() => document.querySelector('#stage .card img')?.src ?? ''"
 """The first picture on Create's stage, as a data URL; empty where there is none."""
 MAX_URL = 2**23
+Update = dict[Any, Any]
+"""New values by component."""
+
+
+class DrawTab:
+    """A tab that draws what it is asked for in one event. at: its components, among them draw, cancel, stage, status,
+    said, seed and adapter. A subclass says what is asked for, and what is made of the pictures."""
+
+    name = ""
+
+    def __init__(self, lane: Lane, at: Any):
+        self.lane, self.at = lane, at
+
+    def draw(self, *asked: Any) -> Iterator[Update]:
+        """The drawing: progress, then the pictures."""
+        raise NotImplementedError
+
+    def wire(self, triggers: list[Any], asked: list[Any]) -> None:
+        """Connect drawing and Cancel. `draw` is given the person, model, adapter and weight before what is `asked`."""
+        at = self.at
+        who = [self.lane.person, self.lane.model.choice, at.adapter.choice, at.adapter.weight]
+        seen = [at.stage, at.status, at.said, at.draw, at.cancel, at.seed]
+        once: dict[str, Any] = {
+            "trigger_mode": "once",
+            "concurrency_id": self.name,
+            "concurrency_limit": AT_ONCE,
+        }
+        drawing = gr.on(triggers, self.draw, [*who, *asked], seen, **once, **SHOWN)
+        drawing.failure(self.clear, None, seen, **QUIET)
+        at.cancel.click(self.cancelled, None, seen, cancels=[drawing], **QUIET)
+
+    def busy(self, said: str) -> Update:
+        """While it draws."""
+        at = self.at
+        return {at.said: said, at.draw: gr.Button(interactive=False), at.cancel: gr.Button(interactive=True)}
+
+    def rest(self) -> Update:
+        """Ready for the next drawing."""
+        at = self.at
+        return {at.status: "", at.draw: gr.Button(interactive=True), at.cancel: gr.Button(interactive=False)}
+
+    def clear(self) -> Update:
+        """After a drawing that gave nothing."""
+        return self.rest()
+
+    def cancelled(self) -> Update:
+        """After Cancel, which left the drawing's iterator."""
+        return self.clear() | {self.at.status: note("Cancelled."), self.at.said: "Cancelled."}
 
 
 @dataclass(frozen=True)
@@ -37,8 +87,16 @@ class Progress:
     share: float
     seconds_left: float
 
+    def shown(self, count: int) -> str:
+        """The progress line of `count` pictures."""
+        per_cent, seconds = round(100 * self.share), max(1, round(self.seconds_left))
+        left = f" · about {seconds} s left" if self.share else ""
+        return bar(
+            per_cent, 100, f"{'One picture' if count == 1 else f'{count} pictures'} · {per_cent} %{left}"
+        )
 
-def draw_all(lane: Lane, owner: str, requests: Sequence[Request]) -> Iterator[Progress | list[Pictures]]:
+
+def draw_all(engine: Engine, owner: str, requests: Sequence[Request]) -> Iterator[Progress | list[Pictures]]:
     """Draw requests side by side: yields `Progress`, then the pictures of each, in their order.
 
     The engine lets them share network calls. Whatever it raises is raised here, for people. Leaving the iterator early,
@@ -49,7 +107,7 @@ def draw_all(lane: Lane, owner: str, requests: Sequence[Request]) -> Iterator[Pr
     futures: list[Future[Pictures]] = []
     try:
         for k, request in enumerate(requests):
-            futures.append(lane.engine.submit(request, owner, _teller(events, k)))
+            futures.append(engine.submit(request, owner, _teller(events, k)))
             futures[-1].add_done_callback(lambda future: events.put(None))
         while not all(future.done() for future in futures):
             for told in _drain(events):
@@ -81,17 +139,6 @@ def _drain(events: SimpleQueue[Any]) -> Iterator[tuple[int, float]]:
         event = events.get()
 
 
-def bar(now: Progress, count: int) -> str:
-    """The progress line of `count` pictures."""
-    per_cent, seconds = round(100 * now.share), max(1, round(now.seconds_left))
-    left = f" · about {seconds} s left" if now.share else ""
-    words = f"{'One picture' if count == 1 else f'{count} pictures'} · {per_cent} %{left}"
-    return (
-        f'<div class="progress"><div class="bar" role="progressbar" aria-label="Drawing" aria-valuemin="0" '
-        f'aria-valuemax="100" aria-valuenow="{per_cent}"><i style="width:{per_cent}%"></i></div><p>{words}</p></div>'
-    )
-
-
 def shelf(
     files: Sequence[bytes], names: Sequence[str], seeds: Sequence[int], take: str = "", flagged: bool = False
 ) -> str:
@@ -109,31 +156,10 @@ def shelf(
         items.append(
             f'<li class="card"><figure><div class="board"><img src="{source}" alt="{shown}, seed {seed}">{veil}</div>'
             f'<figcaption><span class="seed">seed {seed}</span>{more}'
-            f'<a href="{source}" download="{file_stem(name)}-{seed}.png" aria-label="Download PNG, seed {seed}">PNG</a>'
+            f'<a href="{source}" download="{file_name(name, seed)}.png" aria-label="Download PNG, seed {seed}">PNG</a>'
             "</figcaption></figure></li>"
         )
     return f'<ul class="stage grid n{len(items)}">{"".join(items)}</ul>'
-
-
-def blank(count: int) -> str:
-    """The stage while it draws."""
-    frames = '<li class="card"><div class="board wet"></div></li>' * count
-    return f'<ul class="stage grid n{count}" aria-busy="true">{frames}</ul>'
-
-
-def empty(title: str, words: str) -> str:
-    """A stage with nothing on it yet, and what to do about that."""
-    return f'<div class="stage empty"><div class="board"></div><p><b>{escape(title)}</b><br>{escape(words)}</p></div>'
-
-
-def line(text: str) -> str:
-    """A quiet line under the stage."""
-    return f'<p class="note">{escape(text)}</p>' if text else ""
-
-
-def data_url(data: bytes) -> str:
-    """A PNG file as a URL."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def bytes_of(url: str) -> bytes:
@@ -142,8 +168,3 @@ def bytes_of(url: str) -> bytes:
     if head != "data:image/png;base64" or len(url) > MAX_URL:
         raise ValueError("there is no picture yet: draw one in Create first, or upload one")
     return base64.b64decode(body, validate=True)
-
-
-def file_stem(name: str) -> str:
-    """A name for files, from any words."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:48] or "picture"

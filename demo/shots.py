@@ -14,6 +14,7 @@ from PIL import Image
 from diffusionfm.images import write_atomic
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.models import Models
 
 from .app import HOST, TABS, build, launch
 
@@ -76,9 +77,10 @@ def main(out: Path, model: str | None, prompt: str, seed: int) -> None:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    with Engine(DiffusionFMPipeline.from_pretrained(model)) as engine, sync_playwright() as playwright:
-        studio = build(engine)
-        launch(studio, engine, port)
+    engine = Engine(DiffusionFMPipeline.from_pretrained(model))
+    with Models(engine) as models, sync_playwright() as playwright:
+        studio = build(models)
+        launch(studio, models, port)
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for file in take(browser, str(studio.local_url), out, prompt, seed):
             print(f"{file}  {file.stat().st_size:,} bytes")

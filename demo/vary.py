@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,20 +15,19 @@ from diffusionfm.images import prompt_in
 from diffusionfm.inputs import contain, open_picture
 from diffusionfm.serve.jobs import Request
 
-from .cards import veiled
-from .controls import ANNOUNCE
+from .adapters import Picker, place, wear
+from .cards import drawing, empty, note, veiled
+from .controls import QUIET, SHOWN, actions, easel, tuning
+from .create import roll
 from .editor import canvas_of, editor, painted
-from .lane import AT_ONCE, Lane, owner_of
-from .request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, encode, seeds_in_words
-from .shelf import LAST, TAKE, Progress, bar, blank, bytes_of, draw_all, empty, line, shelf
+from .lane import REFUSED, Lane, owner_of
+from .request import MAX_COUNT, MAX_PROMPT, MAX_SEED, encode, seeds_in_words, small
+from .shelf import LAST, TAKE, DrawTab, Progress, Update, bytes_of, draw_all, shelf
 
-MAX_COUNT = 8
 HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
 HOW_FAR = {"auto": AUTO, **VARIATIONS, "anew": 1.0}
 """What the picker offers, and the strength that each stands for; `AUTO` leaves it to the library."""
-SHOWN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-QUIET: dict[str, Any] = {"queue": False, **SHOWN}
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Controls:
     cancel: gr.Button
     far: gr.Radio
     strength: gr.Slider
+    adapter: Picker
     count: gr.Slider
     seed: gr.Number
     fresh: gr.Checkbox
@@ -59,68 +58,33 @@ class Controls:
 
 def vary(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks and wire it to the lane."""
-    tab = Tab(lane, lay_out(lane.pipe.defaults))
+    tab = Tab(lane, lay_out(lane))
     at = tab.at
-    seen = [at.stage, at.status, at.said, at.draw, at.cancel, at.seed]
-    drawing = gr.on(
-        [at.draw.click, at.prompt.submit],
-        tab.draw,
-        [
-            at.picture,
-            at.canvas,
-            at.prompt,
-            at.negative,
-            at.strength,
-            at.seed,
-            at.fresh,
-            at.count,
-            at.steps,
-            at.guidance,
-        ],
-        seen,
-        trigger_mode="once",
-        show_progress="hidden",
-        api_visibility="private",
-        concurrency_id="vary",
-        concurrency_limit=AT_ONCE,
-    )
-    drawing.failure(tab.clear, None, [at.stage, at.status, at.draw, at.cancel], **QUIET)
-    at.cancel.click(
-        tab.cancelled, None, [at.stage, at.status, at.said, at.draw, at.cancel], cancels=[drawing], **QUIET
-    )
+    asked = [at.picture, at.canvas, at.prompt, at.negative, at.strength, at.seed, at.fresh, at.count]
+    tab.wire([at.draw.click, at.prompt.submit], [*asked, at.steps, at.guidance])
     at.far.input(lambda word: HOW_FAR[word], at.far, at.strength, **QUIET)
     given = [at.picture, at.canvas, at.prompt, at.said]
-    at.upload.upload(tab.give, at.upload, given, **SHOWN)
+    at.upload.upload(tab.upload, at.upload, given, **SHOWN)
     at.last.click(tab.take, at.url, given, js=LAST, **SHOWN)
     at.stage.click(tab.take_again, None, given, **SHOWN)
 
 
-def lay_out(defaults: dict[str, Any]) -> Controls:
-    """Place every component inside the open Blocks; `defaults` are the model's steps and guidance."""
+def lay_out(lane: Lane) -> Controls:
+    """Place every component inside the open Blocks."""
     with gr.Row(elem_classes="desk", equal_height=False):
         with gr.Column(min_width=240, elem_classes=["sheet", "ask"]):
             parts = _asking()
         with gr.Column(min_width=240, elem_classes=["sheet", "tune"]):
-            parts |= _settings(defaults)
+            parts |= _settings(lane)
         with gr.Column(min_width=240, elem_classes="easel"):
-            parts["stage"] = gr.HTML(
-                empty(
-                    "Others like yours appear here.", "Upload a picture, or take the last one from Create."
-                ),
-                elem_id="vary-stage",
-                js_on_load=TAKE,
-            )
-            parts["status"] = gr.HTML("", elem_id="vary-status")
-            parts["said"] = gr.HTML(
-                "", elem_id="vary-announcer", elem_classes="visually-hidden", js_on_load=ANNOUNCE
-            )
+            parts |= easel("vary-", HINT, TAKE)
     return Controls(**parts)
 
 
 def _asking() -> dict[str, Any]:
     with gr.Row(elem_classes="givers"):
         upload = gr.UploadButton(
-            "Upload a picture", file_types=["image"], type="binary", min_width=120, elem_id="vary-upload"
+            "Upload a picture", file_types=["image"], type="filepath", min_width=120, elem_id="vary-upload"
         )
         last = gr.Button("Take the last one from Create", min_width=120, elem_id="vary-last")
     parts: dict[str, Any] = {
@@ -139,17 +103,11 @@ def _asking() -> dict[str, Any]:
             elem_id="vary-prompt",
         ),
     }
-    with gr.Row(elem_classes="actions"):
-        parts["draw"] = gr.Button(
-            "Vary", variant="primary", size="lg", scale=3, min_width=120, elem_id="vary-draw"
-        )
-        parts["cancel"] = gr.Button(
-            "Cancel", size="lg", scale=1, min_width=90, interactive=False, elem_id="vary-cancel"
-        )
+    parts["draw"], parts["cancel"] = actions("Vary", "vary-draw", "vary-cancel")
     return parts
 
 
-def _settings(defaults: dict[str, Any]) -> dict[str, Any]:
+def _settings(lane: Lane) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "far": gr.Radio(
             list(HOW_FAR),
@@ -167,25 +125,27 @@ def _settings(defaults: dict[str, Any]) -> dict[str, Any]:
             info=f"0 is auto: {default_strength(False)}, or {default_strength(True):g} where you painted.",
             elem_id="vary-strength",
         ),
+        "adapter": place(lane.pickers["vary"]),
         "count": gr.Slider(1, MAX_COUNT, value=4, step=1, label="Pictures", elem_id="vary-count"),
         "seed": gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="vary-seed"),
         "fresh": gr.Checkbox(True, label="A new seed for every drawing", container=False),
     }
-    with gr.Accordion("More settings", open=False):
-        parts["negative"] = gr.Textbox(label="Leave out", max_length=MAX_PROMPT)
-        parts["steps"] = gr.Slider(1, MAX_STEPS, value=defaults["steps"], step=1, label="Steps")
-        parts["guidance"] = gr.Slider(0, MAX_GUIDANCE, value=defaults["guidance"], step=0.1, label="Guidance")
-    return parts
+    with gr.Accordion("More settings", open=False, elem_classes="more"):
+        return parts | tuning(lane, "vary-")
 
 
-class Tab:
+class Tab(DrawTab):
     """What the tab's components do."""
 
-    def __init__(self, lane: Lane, at: Controls):
-        self.lane, self.at = lane, at
+    name = "vary"
+    at: Controls
 
     def draw(
         self,
+        person: str,
+        model: str | None,
+        adapter: str | None,
+        weight: float,
         picture: Image.Image | None,
         canvas: dict[str, Any] | None,
         prompt: str | None,
@@ -197,38 +157,37 @@ class Tab:
         steps: int,
         guidance: float,
         request: gr.Request,
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> Iterator[Update]:
         """The drawing: progress, then the pictures."""
         if picture is None:
             raise gr.Error(
                 "Upload a picture first, or take the last one from Create.", title="No picture yet"
             )
-        seed = random.randrange(2**31) if fresh or seed is None else int(seed)
-        mask = painted(canvas, picture.size)
         try:
-            start = start_from(picture, *picture.size, strength or None, mask)
-        except ValueError as error:
+            engine = self.lane.models.engine(model)
+            size, mask = engine.pipe.defaults, painted(canvas, picture.size)
+            asked = Request(
+                (prompt or "").strip(),
+                (negative or "").strip(),
+                int(count),
+                roll() if fresh or seed is None else int(seed),
+                int(steps),
+                float(guidance),
+                loras=wear(self.lane, engine, person, adapter, weight),
+                start=start_from(picture, size["width"], size["height"], strength or None, mask),
+            )
+        except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
-        asked = Request(
-            (prompt or "").strip(),
-            (negative or "").strip(),
-            int(count),
-            seed,
-            int(steps),
-            float(guidance),
-            start=start,
-        )
-        busy = {self.at.draw: gr.Button(interactive=False), self.at.cancel: gr.Button(interactive=True)}
-        yield {self.at.seed: seed, self.at.said: "Drawing.", self.at.stage: blank(asked.num_images), **busy}
-        for event in draw_all(self.lane, owner_of(request), [asked]):
+        yield self.busy("Drawing.") | {self.at.seed: asked.seed, self.at.stage: drawing([], asked.num_images)}
+        for event in draw_all(engine, owner_of(request), [asked]):
             if isinstance(event, Progress):
-                yield {self.at.status: bar(event, asked.num_images)}
+                yield {self.at.status: event.shown(asked.num_images)}
             else:
-                yield self._finished(asked, event[0])
+                yield self._finished(engine.pipe.model_name, asked, event[0])
 
-    def _finished(self, asked: Request, drawn: Pictures) -> dict[Any, Any]:
+    def _finished(self, model: str, asked: Request, drawn: Pictures) -> Update:
         assert asked.start is not None
-        files = encode(self.lane.pipe, asked, drawn)
+        files = encode(model, asked, drawn)
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
         )
@@ -237,11 +196,18 @@ class Tab:
             self.at.stage: shelf(
                 files, [asked.prompt] * len(files), drawn.seeds, take="Vary this", flagged=bool(drawn.flagged)
             ),
-            self.at.status: line(told),
+            self.at.status: note(told),
             self.at.said: f"{len(files)} drawn: {told}.",
         }
 
-    def give(self, data: bytes) -> dict[Any, Any]:
+    def upload(self, file: str) -> Update:
+        """`give` an uploaded file."""
+        try:
+            return self.give(small(file).read_bytes())
+        except ValueError as error:
+            raise gr.Error(str(error), title="Too large", duration=10) from error
+
+    def give(self, data: bytes) -> Update:
         """A picture to set out from, fitted; the prompt that its file tells; a fresh canvas to paint on."""
         defaults = self.lane.pipe.defaults
         try:
@@ -256,7 +222,7 @@ class Tab:
             self.at.said: f"Picture taken{f': {prompt}' if prompt else ''}.",
         }
 
-    def take(self, url: str | None) -> dict[Any, Any]:
+    def take(self, url: str | None) -> Update:
         """`give` a picture of this page."""
         try:
             data = bytes_of(url or "")
@@ -264,22 +230,10 @@ class Tab:
             raise gr.Error(str(error), title="No picture yet", duration=6) from error
         return self.give(data)
 
-    def take_again(self, event: gr.EventData) -> dict[Any, Any]:
+    def take_again(self, event: gr.EventData) -> Update:
         """A result's "Vary this"."""
         return self.take(str(event.value))
 
-    def rest(self) -> dict[Any, Any]:
-        """Ready for the next drawing."""
-        return {
-            self.at.status: "",
-            self.at.draw: gr.Button(interactive=True),
-            self.at.cancel: gr.Button(interactive=False),
-        }
-
-    def clear(self) -> dict[Any, Any]:
+    def clear(self) -> Update:
         """The bare stage, ready for the next drawing."""
         return self.rest() | {self.at.stage: empty(*HINT)}
-
-    def cancelled(self) -> dict[Any, Any]:
-        """After Cancel, which left the drawing's iterator."""
-        return self.clear() | {self.at.status: line("Cancelled."), self.at.said: "Cancelled."}

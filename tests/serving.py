@@ -16,6 +16,7 @@ from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.models import Models
 from diffusionfm.serve.server import Server, listen
 
 DRAW = "/v1/images/generations"
@@ -25,15 +26,18 @@ APPLE = {"prompt": "a red apple"}
 class Running:
     """A server in a thread of this process, its engine, and a client."""
 
-    def __init__(self, model, limits=None, keys=(), log_prompts=False, per_minute=6000, loras=()):
+    def __init__(
+        self, model, limits=None, keys=(), log_prompts=False, per_minute=6000, loras=(), models=None
+    ):
         self.pipe = DiffusionFMPipeline.from_pretrained(model)
         for folder, scale in loras:
             self.pipe.load_lora(folder, scale)
         self.engine = Engine(self.pipe, limits)
+        self.models = Models(self.engine, models)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.service = Service(self.engine, Access(keys, per_minute=per_minute), log_prompts)
+        self.service = Service(self.models, Access(keys, per_minute=per_minute), log_prompts)
         self.server = Server(self.service)
         self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         self.thread.start()
@@ -63,7 +67,7 @@ class Running:
         self.server.should_exit = True
         self.thread.join(60)
         self.client.close()
-        self.engine.close()
+        self.models.close()
 
 
 def until(condition) -> None:

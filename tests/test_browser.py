@@ -34,6 +34,7 @@ QUIET += ["--disable-background-networking", "--disable-component-update", "--di
 WATCH_BAR = """window.steps = []; new MutationObserver(() => {
   const bar = document.querySelector('.bar'); if (bar) window.steps.push(+bar.ariaValueNow);
 }).observe(document.querySelector('#status'), {childList: true, subtree: true});"""
+TABS = ("Create", "Vary", "Grid", "Restore", "Fine-tune", "Batch")
 PICTURE = ".card img[alt*='seed']"
 
 
@@ -338,13 +339,16 @@ def test_nothing_serious_is_found_by_axe(page, studio, theme):
     page.click("#generate")
     page.wait_for_selector(PICTURE)
     page.wait_for_selector("#history li img")
-    found = axe.run(page).response["violations"]
-    serious = [
-        f"{one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
-        for one in found
-        for node in one["nodes"]
-        if node["impact"] in ("serious", "critical")
-    ]
+    serious = []
+    for title in TABS:
+        open_tab(page, title)
+        page.wait_for_timeout(500)
+        serious += [
+            f"{title}: {one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
+            for one in axe.run(page).response["violations"]
+            for node in one["nodes"]
+            if node["impact"] in ("serious", "critical")
+        ]
     assert not serious, "\n".join(serious)
 
 
@@ -367,6 +371,12 @@ def test_it_fits_a_phone(page, studio, theme, tmp_path):
     tops = [page.evaluate(below.format(part)) for part in ("#generate", "#stage", "#background", "#lessons")]
     assert tops == sorted(tops)
     page.screenshot(path=tmp_path / f"phone-{theme}.png", full_page=True)
+    for title in TABS[1:]:
+        page.set_viewport_size({"width": 1280, "height": 700})  # where every tab is in sight
+        open_tab(page, title)
+        page.set_viewport_size({"width": 320, "height": 700})
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320, title
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Batches in a real headless Chromium: from rows to pictures to take away."""
+"""Fine-tuning, batches and models in a real headless Chromium: from a folder of pictures to drawings with it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import build_tiny_pipeline
 
-from tests.test_browser import BROWSERS, QUIET, ROOT, wait_for
+from tests.finetune_toys import draw_pictures
+from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, wait_for
+from tests.test_engine import write_lora
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -22,24 +26,18 @@ expect = sync_api.expect
 
 @pytest.fixture(scope="module")
 def desk(tiny_model, tmp_path_factory):
-    """(address, folder of runs) of a studio with a real tiny model."""
+    """(address, folder of runs) of a studio with two real tiny models, and an adapter of the first."""
     place = tmp_path_factory.mktemp("studio")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     model = shutil.copytree(tiny_model, place / "tiny")
-    command = [
-        sys.executable,
-        "-m",
-        "demo.app",
-        "--port",
-        str(port),
-        "--model",
-        str(model),
-        "--device",
-        "cpu",
-    ]
-    command += ["--runs", str(place / "runs")]
+    wide = build_tiny_pipeline(1)
+    wide.defaults |= {"steps": 5, "guidance": 2.0, "width": 64, "height": 64}
+    wide.save_pretrained(place / "models/wide")
+    command = [sys.executable, "-m", "diffusionfm.cli", "demo", "--port", str(port), "--device", "cpu"]
+    command += ["--model", str(model), "--models", str(place / "models"), "--runs", str(place / "runs")]
+    command += ["--lora", str(write_lora(model, place / "house", seed=3))]
     log = place / "log"
     with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as server:
         try:
@@ -68,7 +66,7 @@ def context(browser):
     context.set_default_timeout(60_000)
     asked, errors = set(), []
     context.on("request", lambda request: asked.add(urlsplit(request.url)))
-    context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    context.on("console", lambda message: errors.append(message.text) if is_error(message) else None)
     yield context
     context.close()
     assert {url.hostname for url in asked if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
@@ -95,6 +93,118 @@ def fits(page, path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.screenshot(path=path, full_page=True)
     page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
+    url, runs = desk
+    page = tab(context.new_page(), url, "Fine-tune")
+    pictures = draw_pictures(tmp_path / "mine", 12)
+    (pictures / "circle 01.txt").unlink()
+    (pictures / "broken.png").write_bytes(b"no picture")
+    page.set_input_files("#ft-files input[type=file]", [str(path) for path in pictures.iterdir()])
+    page.wait_for_selector("#ft-report li")
+    report = page.locator("#ft-report").inner_text()
+    assert "13 pictures, 11 with a caption" in report and "unreadable: broken.png" in report
+    assert "no caption: circle 01.png" in report
+    assert page.locator("#ft-stage img").evaluate("i => i.complete && i.naturalWidth > 200")
+    cell = page.locator("#ft-table .body-cell", has_text="a red circle, my style").first
+    cell.scroll_into_view_if_needed()
+    cell.dblclick()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a ruby ring, my style")
+    page.keyboard.press("Enter")
+    fill(page, "#ft-name", "rings")
+    fill(page, "#ft-steps", STEPS)
+    page.click("#ft-start")
+    page.wait_for_selector("#ft-status .bar:not([aria-valuenow='0'])")
+
+    page.reload()  # the run goes on, and the page finds it again
+    page.get_by_role("tab", name="Fine-tune").click()
+    page.wait_for_selector("#ft-curves svg path")
+    if page.locator("#ft-stop").is_enabled():
+        page.click("#ft-stop")
+        expect(page.locator("#ft-start")).to_have_text("Resume")
+        page.click("#ft-start")
+    expect(page.locator("#ft-use")).to_be_visible()
+    assert "took all 24 steps" in page.locator("#ft-status").inner_text()
+    assert "adapted one, step" in page.locator("#ft-stage figcaption").inner_text()
+    (run,) = [path for path in runs.glob("*/*") if path.name.startswith("rings")]
+    captions = [
+        json.loads(line)["text"] for line in (run / "pictures/metadata.jsonl").read_text().splitlines()
+    ]
+    assert "a ruby ring, my style" in captions and "circle" in captions
+    names = [link.inner_text() for link in page.locator("#ft-take .file, #ft-take tr").all()]
+    assert len(names) >= 3, names
+    with page.expect_download() as waiting:
+        page.locator("#ft-take a[download]").first.click()
+    waiting.value.save_as(tmp_path / "taken.zip")
+    with zipfile.ZipFile(tmp_path / "taken.zip") as archive:
+        inside = {name.rpartition("/")[2] for name in archive.namelist()}
+    assert inside >= {"adapter_config.json", "adapter_model.safetensors", "report.html", "finetune.json"}
+    fits(page, tmp_path / "phone.png")
+
+    page.click("#ft-use")
+    expect(page.locator("#adapter input")).to_have_value("rings")
+    drawn = {}
+    page.uncheck("#fresh input")
+    fill(page, "#count", 1)
+    for choice in ("rings", "none"):
+        page.locator("#adapter input").click()
+        page.get_by_role("option", name=choice, exact=True).click()
+        page.fill("#prompt textarea", "a red circle, my style")
+        page.click("#generate")
+        expect(page.locator("#generate")).to_be_enabled()
+        page.wait_for_selector(PICTURE)
+        drawn[choice] = page.get_attribute(PICTURE, "src")
+    assert drawn["rings"] != drawn["none"]
+
+    stranger = page.context.browser.new_context()
+    other = tab(stranger.new_page(), url, "Fine-tune")
+    other.wait_for_selector("#ft-stage .empty")
+    other.get_by_role("tab", name="Create").click()
+    other.locator("#adapter input").click()
+    assert other.get_by_role("option").all_inner_texts() == ["none"] or not other.get_by_text("rings").count()
+    stranger.close()
+
+
+def choose(page, selector: str, option: str) -> None:
+    page.locator(f"{selector} input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def test_a_reload_keeps_the_model_the_adapter_and_its_weight(context, desk):
+    url, _ = desk
+    page = tab(context.new_page(), url, "Create")
+    for where, weight in (("#adapter", 0.5), ("#vary-adapter", 1.5)):
+        if where != "#adapter":
+            page.get_by_role("tab", name="Vary", exact=True).click()
+        choose(page, where, "house (tiny)")
+        fill(page, f"{where}-weight", weight)
+    page.reload()
+    page.wait_for_selector("#generate")
+    expect(page.locator("#adapter input")).to_have_value("house (tiny)")
+    expect(page.locator("#adapter-weight input[type=number]")).to_have_value("0.5")
+    page.get_by_role("tab", name="Vary", exact=True).click()
+    expect(page.locator("#vary-adapter input")).to_have_value("house (tiny)")
+    expect(page.locator("#vary-adapter-weight input[type=number]")).to_have_value("1.5")
+
+    page.get_by_role("tab", name="Create", exact=True).click()
+    choose(page, "#model", "wide")
+    expect(page.locator("#adapter input")).to_have_value("none")  # it is for the other model
+    page.click("#more > button")
+    expect(page.locator("#steps input[type=number]")).to_have_value("5")
+    page.reload()
+    page.wait_for_selector("#generate")
+    expect(page.locator("#model input")).to_have_value("wide")
+    page.click("#more > button")
+    expect(page.locator("#steps input[type=number]")).to_have_value("5")
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    assert page.locator(PICTURE).evaluate("i => i.naturalWidth") == 64
+    other = tab(context.new_page(), url, "Create")  # another tab of the same browser
+    expect(other.locator("#model input")).to_have_value("tiny")
 
 
 def test_rows_become_pictures_to_take_away(context, desk, tmp_path):

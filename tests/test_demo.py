@@ -28,6 +28,7 @@ from diffusionfm.edit import start_from
 from diffusionfm.images import format_a1111, read_parameters
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, QueueFull, Request
+from diffusionfm.serve.models import Models
 
 
 def free_port() -> int:
@@ -44,9 +45,9 @@ def studio(tiny_pipe):
         patch.setenv("GRADIO_SHARE", "True")
         patch.setenv("GRADIO_ALLOWED_PATHS", "/")
         patch.setenv("GRADIO_MCP_SERVER", "True")
-        with Engine(tiny_pipe) as engine:
-            blocks = app.build(engine)
-            app.launch(blocks, engine, free_port())
+        with Models(Engine(tiny_pipe)) as models:
+            blocks = app.build(models)
+            app.launch(blocks, models, free_port())
             yield blocks
             blocks.close()
 
@@ -121,7 +122,7 @@ def test_sizes_begin_with_the_model_s_own():
 def test_the_zip_has_every_picture_as_png_and_as_svg(tiny_pipe):
     asked = Request("a red apple!", seed=5, num_images=2, steps=2, guidance=3.0)
     drawn = tiny_pipe(asked.prompt, seed=5, num_images=2, num_inference_steps=2)
-    with zipfile.ZipFile(io.BytesIO(request.zip_of(tiny_pipe, asked, drawn))) as archive:
+    with zipfile.ZipFile(io.BytesIO(request.zip_of(tiny_pipe.model_name, asked, drawn))) as archive:
         names = [f"a-red-apple-{seed}.{kind}" for seed in (5, 6) for kind in ("png", "svg")]
         assert archive.namelist() == names
         with Image.open(archive.open(names[2])) as second:
@@ -135,15 +136,15 @@ def test_the_zip_has_every_picture_as_png_and_as_svg(tiny_pipe):
 
 @pytest.fixture
 def lane(tiny_pipe):
-    with Engine(tiny_pipe) as engine:
-        yield Lane(engine)
+    with Models(Engine(tiny_pipe)) as models:
+        yield Lane(models)
 
 
 def test_files_tell_the_strength_and_the_adapters_at_work_alone(tiny_pipe, monkeypatch):
     monkeypatch.setitem(tiny_pipe.loras, "at-rest", 1.0)
     picture = Image.new("RGBA", (32, 32), "red")
     asked = Request("x", loras=(("rings+secret", 0.5),), start=start_from(picture, 32, 32, 0.7))
-    told = request.parameters(tiny_pipe, asked, Pictures([picture], [3]))[0]
+    told = request.parameters(tiny_pipe.model_name, asked, Pictures([picture], [3]))[0]
     assert (told["lora"], told["strength"], told["seed"]) == (["rings:0.5"], 0.7, 3)
 
 
@@ -169,14 +170,14 @@ def test_cancel_stops_within_a_step_and_frees_the_lane(lane):
     steps = lane.draw("me", Request("a red apple", steps=500))
     assert any(isinstance(event, Step) for event in steps)
     assert not lane.cancel("somebody else")
-    before = lane.engine.counts.steps
+    before = lane.models.first.counts.steps
     assert lane.cancel("me")
     with pytest.raises(Cancelled):
         list(steps)
     *_, result = lane.draw("you", Request("a red apple", steps=2))
     assert len(result.images) == 1
     assert (
-        lane.engine.counts.steps <= before + 2 + 2
+        lane.models.first.counts.steps <= before + 2 + 2
     )  # at most the step under way, and one begun since `before`
 
 
@@ -225,7 +226,7 @@ def test_who_waits_is_told_how_many_are_before(tiny_pipe, monkeypatch):
             step(batch)
 
         monkeypatch.setattr(engine, "_step", held)  # so that nobody's drawing ends before the look
-        lane = Lane(engine)
+        lane = Lane(Models(engine))
         long = lane.start("first", Request("a red apple", steps=5))
         while engine.counts.steps < 2:
             time.sleep(0.01)
@@ -250,7 +251,7 @@ def test_more_than_the_studio_takes_is_refused_at_once(lane, monkeypatch):
 def test_bad_settings_raise_before_any_step(lane):
     with pytest.raises(ValueError, match="steps"):
         lane.start("me", Request("a red apple", steps=0))
-    assert lane.busy == 0 and lane.engine.counts.steps == 0
+    assert lane.busy == 0 and lane.models.first.counts.steps == 0
 
 
 # ------------------------------------------------------------------ exposure

@@ -13,19 +13,20 @@ pytest.importorskip("gradio")
 import gradio as gr
 from PIL import Image
 
-from demo import restore, shelf
+from demo import cards, restore, shelf
 from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
 from demo.lane import Lane
 from demo.vary import HOW_FAR
 from diffusionfm.images import encode_png
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.models import Models
 
 
 @pytest.fixture
 def lane(tiny_pipe):
-    with Engine(tiny_pipe) as engine:
-        yield Lane(engine)
+    with Models(Engine(tiny_pipe)) as models:
+        yield Lane(models)
 
 
 def png(size=(8, 8), **parameters) -> bytes:
@@ -37,35 +38,41 @@ def png(size=(8, 8), **parameters) -> bytes:
 
 def test_requests_are_drawn_side_by_side_and_in_their_order(lane, tiny_pipe):
     requests = [Request("a red apple", seed=seed, steps=steps) for seed, steps in ((1, 6), (2, 3), (3, 9))]
-    *shares, drawn = shelf.draw_all(lane, "me", requests)
+    *shares, drawn = shelf.draw_all(lane.models.first, "me", requests)
     assert [pictures.seeds for pictures in drawn] == [[1], [2], [3]]
-    assert lane.engine.counts.calls < 18  # they shared calls
+    assert lane.models.first.counts.calls < 18  # they shared calls
     told = [now.share for now in shares]
     assert told == sorted(told) and told[0] <= 1
 
 
 def test_leaving_early_stops_all(lane):
-    drawing = shelf.draw_all(lane, "me", [Request("a red apple", steps=500, seed=k) for k in range(4)])
+    drawing = shelf.draw_all(
+        lane.models.first, "me", [Request("a red apple", steps=500, seed=k) for k in range(4)]
+    )
     next(drawing)
     drawing.close()
     deadline = time.monotonic() + 60
-    while lane.engine.waiting:
+    while lane.models.first.waiting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert lane.engine.counts.cancelled == 4
+    assert lane.models.first.counts.cancelled == 4
 
 
 def test_what_the_engine_refuses_is_told_and_nothing_is_left(lane):
     with pytest.raises(gr.Error, match="steps must be from 1 to 500"):
-        list(shelf.draw_all(lane, "me", [Request("a red apple", steps=5), Request("a red apple", steps=0)]))
-    assert lane.engine.waiting == 0
+        list(
+            shelf.draw_all(
+                lane.models.first, "me", [Request("a red apple", steps=5), Request("a red apple", steps=0)]
+            )
+        )
+    assert lane.models.first.waiting == 0
 
 
 # ------------------------------------------------------------------ pictures that a page sends
 
 
 def test_a_data_url_is_the_picture_or_an_error():
-    assert shelf.bytes_of(shelf.data_url(png())) == png()
+    assert shelf.bytes_of(cards.data_url(png())) == png()
     for bad in ("", "data:image/svg+xml;base64,AAAA", "http://127.0.0.1/a.png", "data:image/png;base64,@@"):
         with pytest.raises(ValueError):
             shelf.bytes_of(bad)
@@ -127,8 +134,8 @@ def test_nothing_from_a_file_becomes_markup():
     for html in (
         restore.tell(png(), {"prompt": BAD, "model": BAD, "lora": [BAD]}, BAD + "!"),
         shelf.shelf([png()], [BAD], [7], take="Vary this"),
-        shelf.empty(BAD, BAD),
-        shelf.line(BAD),
+        cards.empty(BAD, BAD),
+        cards.note(BAD),
     ):
         assert "<img src=x" not in html and "&lt;img" in html
 

@@ -264,6 +264,19 @@ def test_links_in_a_tar_are_not_followed(tmp_path):
         ShardDataset(tmp_path)
 
 
+def test_a_member_too_large_for_a_picture_is_named_and_left_out(tmp_path):
+    rest = tar(tmp_path / "rest", [("a.txt", b"a"), ("b.png", encoded(1)), ("b.txt", b"b")]).read_bytes()
+    huge = tarfile.TarInfo("a.png")
+    huge.size = 3 * 2**30
+    with open(tmp_path / "0.tar", "wb") as file:  # a hole: nothing of it lies on the disk
+        file.write(huge.tobuf(tarfile.USTAR_FORMAT))
+        file.seek(huge.size, 1)
+        file.write(rest)
+    dataset = ShardDataset(tmp_path)
+    assert [sample["caption"] for sample in dataset] == ["b"]
+    assert f"a.png: {huge.size} bytes, more than" in "\n".join(dataset.problems)
+
+
 def test_latent_shards(tmp_path):
     from safetensors.numpy import load, save
 

@@ -2,7 +2,8 @@
 
 Its other lines: uploads (U) in test_uploads.py and test_security_input.py, parameters (P) and queue (Q) in
 test_security_work.py, models (M) and privacy (V) in test_security_model.py. Open here, for they are the page's and
-need a browser, see test_browser.py: Q7, what a reload finds; V4, no request to others; and the accessibility lines.
+need a browser, see test_browser.py: V4, no request to others; and the accessibility lines. Q7, whose pictures a reload
+finds, is here, for it is the page's; that it finds them is seen in test_browser.py, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -26,12 +28,15 @@ from gradio.route_utils import delete_files_created_by_app
 from gradio_client import Client
 from starlette.requests import Request as HttpRequest
 
-from demo import app
+from demo import app, batch, dataset, grid, vary
+from demo.request import AS_WRITTEN, NOTHING
 from diffusionfm.checks import SHIPPED
 from diffusionfm.cli import main
+from diffusionfm.inputs import HANDED_BYTES
 from diffusionfm.serve import gate
 from diffusionfm.serve.access import BAD_KEYS, Access, Rate, read_logins
 from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.models import Models
 from diffusionfm.serve.refusal import Refusal
 
 EVIL = "https://evil.example"
@@ -71,7 +76,7 @@ def probe(lane: object) -> None:
 @pytest.fixture(scope="module")
 def running(tiny_pipe):
     """Two studios around one engine while the environment does its best to open them: one for all here, one locked."""
-    with pytest.MonkeyPatch.context() as patch, Engine(tiny_pipe) as engine:
+    with pytest.MonkeyPatch.context() as patch, Models(Engine(tiny_pipe)) as models:
         patch.setitem(app.TABS, "Probe", probe)
         studios = []
         locks = Access(logins={"ann": PASSWORD, "bob": PASSWORD[::-1]})
@@ -79,10 +84,10 @@ def running(tiny_pipe):
             for name, value in OPENERS.items():
                 patch.setenv(name, value)
             patch.delenv("GRADIO_TEMP_DIR", raising=False)
-            studio = app.build(engine)
-            app.launch(studio, engine, free_port(), access=access)
+            studio = app.build(models)
+            app.launch(studio, models, free_port(), access=access)
             studios.append(studio)
-        yield studios[1], studios[0], locks
+        yield studios[1], studios[0], locks, models.first
         for studio in studios:
             studio.close()
 
@@ -94,7 +99,7 @@ def studio(running):
 
 @pytest.fixture
 def locked(running):
-    _, studio, access = running
+    _, studio, access, _ = running
     access.bad = Rate(BAD_KEYS)
     return studio
 
@@ -369,9 +374,13 @@ def test_f5_the_cache_is_cleaned_and_bounded(studio, http, drawn, monkeypatch):
 # ------------------------------------------------------------------ uploads and parameters, as far as the page has them
 
 
-def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http):
+def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http, monkeypatch):
+    assert (
+        studio.max_file_size == dataset.MOST_BYTES <= gate.MAX_UPLOAD - 2**20
+    )  # a zip of pictures, in its form
     before = {file for file in folder_of(studio).rglob("*") if file.is_file()}
-    answer = http.post("/gradio_api/upload", files={"files": ("a.png", bytes(21 * 10**6))})
+    monkeypatch.setattr(studio, "max_file_size", 10**6)
+    answer = http.post("/gradio_api/upload", files={"files": ("a.png", bytes(10**6 + 1))})
     assert answer.status_code == 413
     assert {file for file in folder_of(studio).rglob("*") if file.is_file()} == before
     head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: {gate.MAX_UPLOAD + 1}\r\n\r\n"
@@ -380,6 +389,21 @@ def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http):
         assert line.recv(99).startswith(b"HTTP/1.1 413")
     assert http.post("/gradio_api/queue/join", content=bytes(gate.MAX_BODY + 1)).status_code == 413
     assert http.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
+
+
+def test_u1_pictures_and_rows_may_have_less_than_a_zip(studio, tmp_path, tiny_pipe):
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(HANDED_BYTES + 1)
+    with pytest.raises(gr.Error, match="too large: 20 MB at most"):
+        vary.Tab(None, None).upload(str(large))
+    with pytest.raises(ValueError, match="too large"):
+        grid._requests([{"prompt": "x"}], str(large), tiny_pipe.defaults)
+    tab = next(fn.fn for fn in studio.fns.values() if fn.name == "read")
+    with pytest.raises(gr.Error, match="too large"):
+        tab(str(large), "tiny")
+    with pytest.raises(ValueError, match="too large"):
+        batch._source(None, "", str(large.rename(tmp_path / "large.csv")))
 
 
 @pytest.mark.parametrize(
@@ -417,3 +441,53 @@ def test_p1_the_page_refuses_bad_values_before_any_work(studio, http, bad, tiny_
     finally:
         hook.remove()
     assert "event: error" in answer and "Traceback" not in answer and not calls
+
+
+# ------------------------------------------------------------------ queue, as far as it is the page's
+
+
+def asked(http: httpx.Client, studio, name: str, session: str, data: list, **more: Any) -> str:
+    """What a page is told after one of its events, by the name of the method behind that."""
+    number = next(k for k, fn in studio.fns.items() if fn.name == name)
+    body = {"fn_index": number, "session_hash": session, "data": data, "trigger_id": None} | more
+    assert http.post("/gradio_api/queue/join", json=body).status_code == 200
+    text = ""
+    with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
+        for line in stream.iter_lines():
+            text += line
+            if "process_completed" in line:
+                return text
+    return text
+
+
+def test_q7_a_reload_finds_its_pictures_and_nobody_else_does(running, http, monkeypatch):
+    studio, _, _, engine = running
+    mine, theirs = "a" * 32, "b" * 32
+    reached, opened, step = Event(), Event(), engine._step
+
+    def held(batch):
+        reached.set()
+        assert opened.wait(60)
+        step(batch)
+
+    monkeypatch.setattr(engine, "_step", held)
+    controls = ["a red apple", AS_WRITTEN, NOTHING, "", 7, False, 1, 3, "32 × 32", 1]
+    begun = asked(http, studio, "begin", "page1", [*controls, "", None, "none", 1, mine])
+    assert reached.wait(60) and "Drawing." in begun
+    strangers = (theirs, "", None, "page1", mine[:-1], mine + "a", mine.upper(), f"{mine}/..", [mine])
+
+    def leaks(text: str) -> bool:
+        return "a red apple" in text or "data:image" in text
+
+    for ticket in strangers:  # the drawing is under way
+        assert not leaks(asked(http, studio, "rejoin", "page3", [ticket]))
+        assert not leaks(asked(http, studio, "draw", "page3", [ticket]))
+        asked(http, studio, "cancel", "page3", [ticket])
+    assert "a red apple" in asked(http, studio, "rejoin", "page2", [mine])  # the page was loaded again
+    opened.set()
+    assert "data:image/png" in asked(http, studio, "draw", "page2", [mine])
+    for ticket in strangers:  # it has ended
+        assert not leaks(asked(http, studio, "draw", "page3", [ticket]))
+        told = asked(http, studio, "act", "page3", [ticket], event_data={"value": "zip"})
+        assert not leaks(told) and "no longer here" in told
+    assert "application/zip" in asked(http, studio, "act", "page2", [mine], event_data={"value": "zip"})

@@ -182,13 +182,14 @@ sys.addaudithook(watch)
 import os
 os.environ["NO_PROXY"] = "*"
 from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.models import Models
 from diffusionfm.pipeline import DiffusionFMPipeline
 from demo import app
 pipe = DiffusionFMPipeline.from_pretrained(sys.argv[1])
 assert pipe("a red apple", num_inference_steps=1).images
-with Engine(pipe) as engine:
-    studio = app.build(engine)
-    app.launch(studio, engine, int(sys.argv[2]))
+with Models(Engine(pipe)) as models:
+    studio = app.build(models)
+    app.launch(studio, models, int(sys.argv[2]))
     studio.close()
 print("quiet", flush=True)
 os._exit(0)

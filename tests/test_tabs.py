@@ -16,12 +16,14 @@ import gradio as gr
 from demo import batch, batch_controls, finetune, finetune_controls, processes
 from demo.adapters import choices, chosen, pickers, put_on
 from demo.lane import Lane
+from demo.models import model_picker
 from demo.person import person
 from demo.runs import Runs, new_person
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.models import Models
 from tests.finetune_toys import draw_pictures
 from tests.test_engine import near, write_lora
 
@@ -35,12 +37,12 @@ def studio(tiny_model, tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("studio") / "runs")
     with (
         pytest.MonkeyPatch.context() as patch,
-        Engine(DiffusionFMPipeline.from_pretrained(tiny_model)) as engine,
+        Models(Engine(DiffusionFMPipeline.from_pretrained(tiny_model))) as models,
     ):
         patch.setattr(processes, "NICE", 0)
-        lane = Lane(engine, runs)
+        lane = Lane(models, runs)
         with gr.Blocks() as page:
-            lane.person, lane.pickers = person(page), pickers(lane)
+            lane.person, lane.model, lane.pickers = person(page), model_picker(lane), pickers(lane)
             tabs = (
                 finetune.Tab(lane, finetune_controls.lay_out()),
                 batch.Tab(lane, batch_controls.lay_out(lane)),
@@ -85,11 +87,13 @@ def test_an_adapter_is_offered_to_its_owner_alone_and_draws_as_it_should(studio,
     assert choices(lane, YOU) == choices(lane, "") == [("none", "none")]
     for who, key in ((YOU, done.key), (ME, "rings"), (ME, "public rings"), (ME, f"../{ME}/{done.key}")):
         with pytest.raises(ValueError, match="is gone"):
-            chosen(lane, who, key, 1.0)
-    assert chosen(lane, ME, "none", 1.0) is None and put_on(lane, None) == ()
-    adapter = chosen(lane, ME, done.key, 0.5)
-    loras = put_on(lane, adapter)
-    drawn = lane.engine.submit(Request("a red apple", seed=1, steps=4, loras=loras)).result(60).images[0]
+            chosen(lane, who, key, 1.0, lane.pipe)
+    assert chosen(lane, ME, "none", 1.0, lane.pipe) is None and put_on(lane.models.first, None) == ()
+    adapter = chosen(lane, ME, done.key, 0.5, lane.pipe)
+    loras = put_on(lane.models.first, adapter)
+    drawn = (
+        lane.models.first.submit(Request("a red apple", seed=1, steps=4, loras=loras)).result(60).images[0]
+    )
     plain = DiffusionFMPipeline.from_pretrained(tiny_model)
     bare = plain("a red apple", seed=1, num_inference_steps=4).images[0]
     plain.load_lora(done.out, 0.5)
@@ -135,7 +139,7 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
             tab.start(ME, key, table, "x", *settings)
     assert lane.runs.state(lane.runs.get(ME, "finetune", key)).word == "draft"
     tab.delete(ME, key)
-    good = ("a red apple", None, 1, 0, "png", "folder", "none", 1.0)
+    good = ("a red apple", None, 1, 0, "png", "folder", "none", 1.0, None)
     for k, bad, words in (
         (0, " \n", "write a prompt"),
         (1, str(tmp_path / "rows.exe"), "rows come as"),
@@ -186,7 +190,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     assert json.loads(captions[0])["text"] == "a ruby ring" and len(captions) == 12
     assert ("rings", key) in value(shown, lane.pickers["create"].choice)["choices"]
 
-    asked = ("a red circle, my style\na {blue|green} circle", None, 1, 5, "png", "folder", key, 0.8)
+    asked = ("a red circle, my style\na {blue|green} circle", None, 1, 5, "png", "folder", key, 0.8, None)
     planned = list(rows.plan(ME, "", *asked))
     assert "3 rows, 3 pictures: 3 to make" in planned[-1][rows.at.report]
     batch_key = planned[0][rows.at.key]
@@ -204,7 +208,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
 @pytest.mark.slow
 def test_a_failed_row_is_told_and_tried_again(studio):
     _, _, tab = studio
-    asked = ("a red apple\nyellow star --s 0\n", None, 1, 0, "webp", "webdataset", "none", 1.0)
+    asked = ("a red apple\nyellow star --s 0\n", None, 1, 0, "webp", "webdataset", "none", 1.0, None)
     shown = tab.start(ME, "", *asked)
     key = shown[tab.at.key]
     shown = watched(tab, key, "failed", "done")
@@ -224,6 +228,7 @@ def test_a_batch_draws_as_the_studio_does(studio, monkeypatch):
         "to": "folder",
         "adapter": "public house",
         "weight": 0.5,
+        "model": None,
     }
     monkeypatch.setitem(lane.pipe.loras, "house", 1.0)
     monkeypatch.setitem(lane.pipe.lora_sources, "house", Path("/adapters/house"))

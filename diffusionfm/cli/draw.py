@@ -22,8 +22,10 @@ from diffusionfm.cli.parts import (
     StepBar,
     add_command,
     add_model_options,
+    add_models,
     add_safety,
     load_loras,
+    models_of,
     safety_of,
 )
 from diffusionfm.edit import default_strength
@@ -201,6 +203,7 @@ def demo(args: argparse.Namespace) -> int:
         args.port,
         args.model,
         args.device,
+        models=models_of(args),
         access=access,
         safety=safety,
         dtype=args.dtype,
@@ -290,6 +293,7 @@ def add_demo(commands: Any) -> None:
         "open the studio in a browser",
         "demo",
         "demo --port 7861 --lora my-style",
+        "demo --models my-models",
         "demo --host 0.0.0.0 --login-file logins.txt",
     )
     command.add_argument("--port", type=int, default=7860, help="default 7860")
@@ -315,4 +319,5 @@ def add_demo(commands: Any) -> None:
         help="where it keeps what people fine-tune and draw in batches (default runs/studio)",
     )
     add_model_options(command, lora="offer a LoRA to everyone; may be given several times")
+    add_models(command)
     add_safety(command)

@@ -94,6 +94,28 @@ def safety_of(args: argparse.Namespace) -> Any:
     return Safety(args.safety, args.safety_list or LIST)
 
 
+def add_models(command: argparse.ArgumentParser) -> None:
+    """--models: further models that a server offers."""
+    command.add_argument(
+        "--models",
+        type=Path,
+        metavar="DIR",
+        help="a folder of pipeline folders: each may be chosen by its name, beside --model, which is the first choice",
+    )
+
+
+def models_of(args: argparse.Namespace) -> dict[str, Path]:
+    """What that offers, by name; says on standard error what is left out, and why."""
+    if args.models is None:
+        return {}
+    from diffusionfm.serve.models import find_models
+
+    found, left_out = find_models(args.models, args.model, args.fast)
+    for word in left_out:
+        print(f"note: {word}", file=sys.stderr)
+    return found
+
+
 def add_model_options(command: argparse.ArgumentParser, lora: str) -> None:
     """--model, --fast, --lora, --lora-any, --device and --dtype: what draws, and on what; `lora`: help of --lora."""
     command.add_argument("--model", metavar="DIR", help="a pipeline folder (default: the shipped model)")

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.checks import check_model
-from diffusionfm.cli.parts import add_command, add_model_options, add_safety, load_loras, safety_of
+from diffusionfm.cli.parts import (
+    add_command,
+    add_model_options,
+    add_models,
+    add_safety,
+    load_loras,
+    models_of,
+    safety_of,
+)
 from diffusionfm.lora import parse_lora
 
 PORT = 8000
@@ -27,7 +35,6 @@ def serve(args: argparse.Namespace) -> int:
         read_keys(args.api_key_file, os.environ.get(KEY_VARIABLE)), args.host, args.requests_per_minute
     )
     safety = safety_of(args)
-    from diffusionfm.serve.engine import Engine
     from diffusionfm.serve.jobs import Limits
 
     limits = Limits(args.batch_size, args.queue, max(1, args.queue // 2), args.max_work)
@@ -36,16 +43,19 @@ def serve(args: argparse.Namespace) -> int:
     with listen(args.host, args.port) as listener:
         from diffusionfm.devices import pick_device
         from diffusionfm.pipeline import DiffusionFMPipeline
+        from diffusionfm.serve.engine import Engine
+        from diffusionfm.serve.models import Models
 
+        others = models_of(args)
         pipe = DiffusionFMPipeline.from_pretrained(
             args.model, dtype=args.dtype, device=pick_device(args.device), fast=args.fast
         )
         load_loras(pipe, loras, args.lora_any)
-        _run(Engine(pipe, limits, safety), access, listener, args.log_prompts)
+        _run(Models(Engine(pipe, limits, safety), others), access, listener, args.log_prompts)
     return 0
 
 
-def _run(engine: Any, access: Any, listener: Any, log_prompts: bool) -> None:
+def _run(models: Any, access: Any, listener: Any, log_prompts: bool) -> None:
     from diffusionfm.serve import logs
     from diffusionfm.serve.api import Service
     from diffusionfm.serve.server import serve
@@ -53,9 +63,9 @@ def _run(engine: Any, access: Any, listener: Any, log_prompts: bool) -> None:
     logs.to_stderr()
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    with engine:
+    with models:
         print(f"DiffusionFM API: http://{name}:{port}/v1  (Ctrl+C stops it)", flush=True)
-        serve(Service(engine, access, log_prompts), listener)
+        serve(Service(models, access, log_prompts), listener)
 
 
 def add_serve(commands: Any) -> None:
@@ -100,5 +110,6 @@ def add_serve(commands: Any) -> None:
         command,
         lora="register a LoRA under its folder's name, for requests to ask for; may be given several times",
     )
+    add_models(command)
     add_safety(command)
     command.add_argument("--log-prompts", action="store_true", help="write prompts into the log as well")

@@ -12,7 +12,8 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +28,14 @@ from starlette.routing import Route
 from diffusionfm import __version__
 from diffusionfm.drawing import Pictures
 from diffusionfm.images import encode_png, prompt_in
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.forms import Form, read_form, read_start, within
 from diffusionfm.serve.jobs import Closed, QueueFull
 from diffusionfm.serve.logs import say
 from diffusionfm.serve.metrics import Metrics
+from diffusionfm.serve.models import Models
 from diffusionfm.serve.params import STARTING, Asked, parse
 from diffusionfm.serve.refusal import GONE, Refusal
 
@@ -43,11 +46,11 @@ Handler = Callable[[Request, str, dict[str, Any]], Awaitable[Response]]
 
 
 class Service:
-    """The endpoints around an engine. log_prompts: whether log lines hold what was asked for."""
+    """The endpoints around some models. log_prompts: whether log lines hold what was asked for."""
 
-    def __init__(self, engine: Engine, access: Access | None = None, log_prompts: bool = False):
-        self.engine, self.access, self.log_prompts = engine, access or Access(), log_prompts
-        self.metrics = Metrics(engine)
+    def __init__(self, models: Models, access: Access | None = None, log_prompts: bool = False):
+        self.models, self.access, self.log_prompts = models, access or Access(), log_prompts
+        self.metrics = Metrics(models)
         self.began = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -56,8 +59,8 @@ class Service:
             self._route("/v1/images/generations", self.generate, "POST"),
             self._route("/v1/images/edits", self.edit, "POST"),
             self._route("/v1/images/variations", self.vary, "POST"),
-            self._route("/v1/models", self.models),
-            self._route("/v1/models/{name}", self.model),
+            self._route("/v1/models", self.list_models),
+            self._route("/v1/models/{name}", self.show_model),
             self._route("/health", self.health, open_to_all=True),
             self._route("/metrics", self.figures),
         ]
@@ -91,15 +94,14 @@ class Service:
     async def generate(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
         """Draw. The answer holds base64 PNGs and their seeds; who hangs up is drawn for no longer."""
         self._count(caller)
-        asked = parse(await read_body(request), self.engine.pipe)
-        return await self._answered(request, caller, facts, asked)
+        body = await read_body(request)
+        engine = await self._engine(body)
+        return await self._answered(request, caller, facts, engine, parse(body, engine.pipe))
 
     async def edit(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
         """Draw from an uploaded picture, all of it or where a mask is transparent; answers as `generate`."""
         self._count(caller)
-        form = await read_form(request)
-        asked = parse(form.fields, self.engine.pipe, STARTING)
-        return await self._answered(request, caller, facts, await self._from(form, asked))
+        return await self._from(await read_form(request), request, caller, facts)
 
     async def vary(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
         """Draw others like an uploaded picture; a prompt is that of the picture's file where none is sent."""
@@ -108,46 +110,59 @@ class Service:
         if "mask" in form.files:
             raise Refusal(400, "variations take no mask: use /v1/images/edits", "mask")
         form.fields.setdefault("prompt", await asyncio.to_thread(prompt_in, form.files.get("image", b"")))
-        asked = parse(form.fields, self.engine.pipe, STARTING)
-        return await self._answered(request, caller, facts, await self._from(form, asked))
+        return await self._from(form, request, caller, facts)
 
-    async def _from(self, form: Form, asked: Asked) -> Asked:
-        """What was asked for, with the picture of the form to set out from, decoded beside the event loop."""
-        chosen = self.engine.pipe.settings(height=asked.request.height, width=asked.request.width)
-        start = await asyncio.to_thread(read_start, form, chosen["width"], chosen["height"])
-        return replace(asked, request=replace(asked.request, start=start))
+    async def _from(self, form: Form, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """Draw what a form asks for, its picture to set out from decoded beside the event loop."""
+        engine = await self._engine(form.fields)
+        asked = parse(form.fields, engine.pipe, STARTING)
+        size = engine.pipe.settings(height=asked.request.height, width=asked.request.width)
+        start = await asyncio.to_thread(read_start, form, size["width"], size["height"])
+        asked = replace(asked, request=replace(asked.request, start=start))
+        return await self._answered(request, caller, facts, engine, asked)
 
     def _count(self, caller: str) -> None:
         if wait := self.access.rate.take(caller):
             raise Refusal(429, "too many requests: slow down", retry_after=wait)
 
-    async def _answered(self, request: Request, caller: str, facts: dict[str, Any], asked: Asked) -> Response:
+    async def _engine(self, body: dict[str, Any]) -> Engine:
+        """The engine of the model that a request names. Raises Refusal."""
+        name = body.get("model")
+        self._check_name(self.models.names[0] if name is None else name)
+        with _refusing():
+            return await asyncio.to_thread(self.models.engine, name)
+
+    def _check_name(self, name: Any) -> None:
+        if name not in self.models.names:
+            there = " or ".join(map(repr, self.models.names))
+            raise Refusal(404, f"no such model here: use {there}", "model", "model_not_found")
+
+    async def _answered(
+        self, request: Request, caller: str, facts: dict[str, Any], engine: Engine, asked: Asked
+    ) -> Response:
         began = time.monotonic()
         facts |= {"pictures": asked.request.num_images}
         if self.log_prompts:
             facts |= {"prompt": asked.request.prompt, "negative_prompt": asked.request.negative_prompt}
-        pictures = await self._draw(request, asked, self.access.turn(caller, asked.user))
+        pictures = await self._draw(request, engine, asked, self.access.turn(caller, asked.user))
         if pictures is None:
             return Response(status_code=GONE)
-        answer = await asyncio.to_thread(self._answer, asked, pictures)
+        answer = await asyncio.to_thread(_answer, engine.pipe, asked, pictures)
         self.metrics.seconds.observe(time.monotonic() - began)
         return JSONResponse(answer)
 
-    async def models(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
-        """The one model that is loaded, with the LoRAs it can wear."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+    async def list_models(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """All models, the one that is drawn with unless another is named first."""
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.models.names]})
 
-    async def model(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
-        """That model by its name."""
-        if request.path_params["name"] != self.engine.pipe.model_name:
-            raise Refusal(
-                404, f"no such model: use {self.engine.pipe.model_name!r}", "model", "model_not_found"
-            )
-        return JSONResponse(self._card())
+    async def show_model(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
+        """One of them by its name."""
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card(request.path_params["name"]))
 
     async def health(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
         """200 while requests are taken, 503 otherwise; tells nothing else and needs no key."""
-        alive = self.engine.alive
+        alive = self.models.alive
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
 
     async def figures(self, request: Request, caller: str, facts: dict[str, Any]) -> Response:
@@ -156,16 +171,10 @@ class Service:
 
     # -------------------------------------------------------------- parts of them
 
-    async def _draw(self, request: Request, asked: Asked, turn: str) -> Pictures | None:
+    async def _draw(self, request: Request, engine: Engine, asked: Asked, turn: str) -> Pictures | None:
         """The pictures; None once the client has hung up. Raises Refusal for all that the engine refuses."""
-        try:
-            future = asyncio.wrap_future(self.engine.submit(asked.request, turn))
-        except ValueError as error:
-            raise Refusal(400, str(error)) from error
-        except QueueFull as error:
-            raise Refusal(429, str(error), code="queue_full", retry_after=error.retry_after) from error
-        except Closed as error:
-            raise Refusal(503, str(error), retry_after=5) from error
+        with _refusing():
+            future = asyncio.wrap_future(engine.submit(asked.request, turn))
         gone = asyncio.ensure_future(_hung_up(request))
         try:
             either: set[asyncio.Future[Any]] = {future, gone}
@@ -180,53 +189,60 @@ class Service:
             gone.cancel()
             future.cancel()
 
-    def _answer(self, asked: Asked, pictures: Pictures) -> dict[str, Any]:
-        request = asked.request
-        found = self.engine.pipe.settings(request.steps, request.guidance, request.height, request.width)
-        common = {
-            **found,
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "model": self.engine.pipe.model_name,
-            "version": __version__,
-        }
-        if request.loras:
-            common["lora"] = [f"{name}:{scale:g}" for name, scale in request.loras]
-        if request.start is not None:
-            common["strength"] = request.start.strength
-        data, warnings = [], list(pictures.warnings)
-        for image, seed in zip(pictures.images, pictures.seeds, strict=True):
-            if asked.background == "transparent" and image.getchannel("A").getextrema() == (255, 255):
-                warnings.append(f"the picture of seed {seed} came out without any transparency")
-            shown = on_white(image) if asked.background == "opaque" else image
-            png = encode_png(shown, {**common, "seed": seed} if asked.metadata else None)
-            data.append(
-                {
-                    "b64_json": base64.b64encode(png).decode(),
-                    "seed": seed,
-                    "flagged": bool(pictures.flagged),
-                }
-            )
-        return {
-            "created": int(time.time()),
-            "background": asked.background,
-            "output_format": "png",
-            "size": f"{found['width']}x{found['height']}",
-            "data": data,
-            "warnings": warnings,
-        }
+    def _card(self, name: str) -> dict[str, Any]:
+        """What is known of a model; of one that is not open, no more than OpenAI tells."""
+        card = {"id": name, "object": "model", "created": self.began, "owned_by": "diffusionfm"}
+        for pipe in [engine.pipe for engine in self.models.engines if engine.pipe.model_name == name]:
+            card["defaults"] = {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")}
+            card["sizes"] = [f"{width}x{height}" for width, height in pipe.sizes]
+            card["loras"] = list(pipe.loras)
+        return card
 
-    def _card(self) -> dict[str, Any]:
-        pipe = self.engine.pipe
-        return {
-            "id": pipe.model_name,
-            "object": "model",
-            "created": self.began,
-            "owned_by": "diffusionfm",
-            "defaults": {key: pipe.defaults[key] for key in ("steps", "guidance", "width", "height")},
-            "sizes": [f"{width}x{height}" for width, height in pipe.sizes],
-            "loras": list(pipe.loras),
-        }
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What an engine does not take, as a Refusal."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(400, str(error)) from error
+    except QueueFull as error:
+        raise Refusal(429, str(error), code="queue_full", retry_after=error.retry_after) from error
+    except Closed as error:
+        raise Refusal(503, str(error), retry_after=5) from error
+
+
+def _answer(pipe: DiffusionFMPipeline, asked: Asked, pictures: Pictures) -> dict[str, Any]:
+    request = asked.request
+    found = pipe.settings(request.steps, request.guidance, request.height, request.width)
+    common = {
+        **found,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "model": pipe.model_name,
+        "version": __version__,
+    }
+    if request.loras:
+        common["lora"] = [f"{name}:{scale:g}" for name, scale in request.loras]
+    if request.start is not None:
+        common["strength"] = request.start.strength
+    data, warnings = [], list(pictures.warnings)
+    for image, seed in zip(pictures.images, pictures.seeds, strict=True):
+        if asked.background == "transparent" and image.getchannel("A").getextrema() == (255, 255):
+            warnings.append(f"the picture of seed {seed} came out without any transparency")
+        shown = on_white(image) if asked.background == "opaque" else image
+        png = encode_png(shown, {**common, "seed": seed} if asked.metadata else None)
+        data.append(
+            {"b64_json": base64.b64encode(png).decode(), "seed": seed, "flagged": bool(pictures.flagged)}
+        )
+    return {
+        "created": int(time.time()),
+        "background": asked.background,
+        "output_format": "png",
+        "size": f"{found['width']}x{found['height']}",
+        "data": data,
+        "warnings": warnings,
+    }
 
 
 def _no_pictures(error: BaseException) -> Refusal:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from weakref import WeakMethod
 
 import torch
 from PIL import Image, ImageFilter
@@ -89,7 +90,8 @@ class Engine:
                 picture.turn = self._turns.take(client, cost, now)
             self._jobs.append(job)
             self._changed.notify()
-        job.future.add_done_callback(partial(self._if_cancelled, job))
+        settled = WeakMethod(self._if_cancelled)  # who keeps a future keeps no engine
+        job.future.add_done_callback(lambda future: (leave := settled()) and leave(job, future))
         return job.future
 
     def add_lora(self, source: Path, name: str) -> None:

@@ -13,7 +13,7 @@ from diffusionfm.serve.access import Access
 from diffusionfm.serve.refusal import Refusal
 
 MAX_BODY = 8 * 2**20
-MAX_UPLOAD = 256 * 2**20  # all files of one upload
+MAX_UPLOAD = 513 * 2**20  # all files of one upload
 MAX_FOLDER = 2 * 2**30  # all uploads there are
 SPARE = 2**30  # of the disk
 

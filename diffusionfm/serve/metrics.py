@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from diffusionfm.serve.engine import Engine
+from diffusionfm.serve.models import Models
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 
@@ -16,7 +16,7 @@ SECONDS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 class Metrics:
     """The figures of one server, in a registry of its own."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, models: Models):
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "diffusionfm_requests", "HTTP requests answered", ["endpoint", "status"], registry=self.registry
@@ -27,7 +27,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.registry.register(EngineFigures(engine))
+        self.registry.register(EngineFigures(models))
         ProcessCollector(registry=self.registry)
 
     def text(self) -> bytes:
@@ -36,13 +36,13 @@ class Metrics:
 
 
 class EngineFigures(Collector):
-    """The engine's own counts, read when they are asked for."""
+    """The engines' own counts, all together, read when they are asked for."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, models: Models):
+        self.models = models
 
     def collect(self) -> Iterator[Metric]:
-        counts = self.engine.counts
+        counts = self.models.counts
         pictures = CounterMetricFamily("diffusionfm_pictures", "Pictures by how they ended", labels=["end"])
         for end, count in (
             ("drawn", counts.pictures),
@@ -60,5 +60,5 @@ class EngineFigures(Collector):
         yield GaugeMetricFamily(
             "diffusionfm_waiting_pictures",
             "Pictures not finished, those being drawn among them",
-            self.engine.waiting,
+            self.models.waiting,
         )

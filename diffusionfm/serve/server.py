@@ -7,7 +7,6 @@ import socket
 import uvicorn
 
 from diffusionfm.serve.api import Service, build_app
-from diffusionfm.serve.engine import Engine
 
 GRACE = 60  # seconds that requests under way are given when the server is told to stop
 CONNECTIONS = 512
@@ -17,7 +16,7 @@ class Server(uvicorn.Server):
     """Serves until SIGINT or SIGTERM, then answers 503 to newcomers while the rest is drawn."""
 
     def __init__(self, service: Service):
-        self.engine: Engine = service.engine
+        self.models = service.models
         options = uvicorn.Config(
             build_app(service),
             log_config=None,
@@ -33,7 +32,7 @@ class Server(uvicorn.Server):
         super().__init__(options)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.engine.refuse()
+        self.models.refuse()
         await super().shutdown(sockets)
 
 
