@@ -40,10 +40,11 @@ def mean_of(values: np.ndarray) -> dict[str, float | int]:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d) (arXiv:1706.08500)."""
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(one)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(min=0)).sum()
-    return float(mean + np.trace(one) + np.trace(two) - 2 * cross)
+    """Fréchet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d) (arXiv:1706.08500).
+
+    A covariance's root is taken as the triangle of its set, with which no matrix is larger than the smaller of n and d.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = (np.linalg.qr(rows - rows.mean(0), mode="r") / math.sqrt(len(rows) - 1) for rows in (a, b))
+    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * cross)
