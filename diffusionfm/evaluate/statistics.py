@@ -40,11 +40,13 @@ def mean_of(values: np.ndarray) -> dict[str, float | int]:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d) (arXiv:1706.08500).
-
-    A covariance's root is taken as the triangle of its set, with which no matrix is larger than the smaller of n and d.
-    """
+    """Fréchet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d) (arXiv:1706.08500)."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    x, y = (np.linalg.qr(rows - rows.mean(0), mode="r") / math.sqrt(len(rows) - 1) for rows in (a, b))
-    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * cross)
+    x, y = root(a), root(b)
+    spread = np.square(x).sum() + np.square(y).sum() - 2 * np.linalg.norm(x @ y.T, "nuc")
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
+
+
+def root(features: np.ndarray) -> np.ndarray:
+    """r of features (n, d), with r.T @ r their covariance and no more rows than the smaller of n and d."""
+    return np.asarray(np.linalg.qr(features - features.mean(0), mode="r")) / math.sqrt(len(features) - 1)
