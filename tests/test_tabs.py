@@ -25,7 +25,7 @@ from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 from diffusionfm.serve.models import Models
 from tests.finetune_toys import draw_pictures
-from tests.test_engine import near, write_lora
+from tests.serving import near, write_lora
 
 ME, YOU = new_person(), new_person()
 CAPTIONS = ("name", "")

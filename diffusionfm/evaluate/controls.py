@@ -17,7 +17,7 @@ from PIL import Image
 from diffusionfm.evaluate.assets import Assets
 from diffusionfm.evaluate.drawn import draw_scene
 from diffusionfm.evaluate.judge import Judge, Views
-from diffusionfm.evaluate.lines import Figure, copies, likeness, recognition, rule_figures, unique
+from diffusionfm.evaluate.lines import Figure, copies, distance, recognition, rule_figures, unique
 from diffusionfm.evaluate.memory import Index
 from diffusionfm.evaluate.protocol import Item, Protocol
 from diffusionfm.evaluate.rules import LINES
@@ -34,11 +34,13 @@ class Bench:
 
     protocol: Protocol
     assets: Assets
-    judge: Judge
-    real: dict[int, Image.Image]
 
     def __post_init__(self) -> None:
         arrays, self.thresholds = self.assets.arrays, self.assets.words["thresholds"]
+        self.judge = Judge(arrays, self.assets.words["phrases"])
+        pictures = self.assets.held_out()
+        rows = (self.protocol.items[k].row for k in self.protocol.numbers("held_out"))
+        self.real = {row: pictures[row] for row in rows if row is not None}
         self.indices = {
             name: Index(arrays[f"index.{name}.codes"], arrays[f"index.{name}.centres"])
             for name in ("likeness", "pixels")
@@ -65,13 +67,12 @@ class Bench:
             figures = recognition(self.judge, views[section].take(asked), truths)
             found |= {f"recognised.{section}.{name}": figure for name, figure in figures.items()}
         for section in COPIED:
-            figures = copies(
-                views[section if "unseen" in views else "held_out"], self.indices, self.thresholds
-            )
+            seen = views[section if "unseen" in views else "held_out"]
+            figures = copies(seen, self.indices, self.thresholds)
             found |= {f"copies.{section}.{name}": figure for name, figure in figures.items()}
         found["unique"] = unique(views["held_out"], self.thresholds)
-        if distance := likeness(views["held_out"], self.assets.arrays["reference"]):
-            found["likeness"] = distance
+        if figure := distance(views["held_out"].likeness, self.assets.arrays["reference"]):
+            found["likeness"] = figure
         return found
 
 
@@ -112,9 +113,9 @@ def moved(count: int) -> list[int]:
 
 def closest_taught(bench: Bench, items: Sequence[Item]) -> list[int]:
     """For each held-out picture the number of the taught phrase whose meaning is nearest to its own."""
-    taught = np.stack([bench.judge.like(phrase) for phrase in bench.assets.words["taught"]])
-    known = [item.truth or bench.assets.words["phrases"][0] for item in items]
-    return [int((taught @ bench.judge.like(phrase)).argmax()) for phrase in known]
+    taught = bench.judge.only(bench.assets.words["taught"]).places
+    asked = bench.judge.only([item.truth or bench.judge.phrases[0] for item in items]).places
+    return [int((taught @ place).argmax()) for place in asked]
 
 
 def rule_columns(protocol: Protocol) -> dict[str, Column]:

@@ -5,17 +5,21 @@ Axes: n pictures, c channels, y x rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusionfm.evaluate.network import WIDTH, load_network
+from diffusionfm.evaluate.efficientnet import WIDTH, load_network
+from diffusionfm.images import on_background
 
+T = TypeVar("T")
 SIDE = 160  # pixels: half the work of the 224 the network was trained on, and still more than a picture has
-GROUND = 200  # grey behind transparent pictures: white, black and coloured ink all stand off from it
+GROUND = "#c8c8c8"  # grey behind transparent pictures: white, black and coloured ink all stand off from it
 COARSE = 16  # pixels a side of the coarse copy
 
 
@@ -29,10 +33,6 @@ class Described:
     def __len__(self) -> int:
         return len(self.features)
 
-    def take(self, which: Sequence[int] | np.ndarray) -> Described:
-        """The pictures of these numbers."""
-        return Described(self.features[which], self.coarse[which])
-
 
 class Eye:
     """Pictures -> Described. Loads the network once."""
@@ -42,24 +42,28 @@ class Eye:
 
     @torch.inference_mode()
     def __call__(self, pictures: Iterable[Image.Image], batch_size: int = 8) -> Described:
-        features, coarse, waiting = [np.zeros((0, WIDTH), np.float32)], [np.zeros((0, COARSE**2 * 4))], []
-        for picture in pictures:
-            waiting.append(seen(picture))
-            coarse.append(coarse_copy(picture)[None])
-            if len(waiting) == batch_size:
-                features.append(self.network(torch.stack(waiting)).numpy())
-                waiting.clear()
-        if waiting:
-            features.append(self.network(torch.stack(waiting)).numpy())
-        return Described(np.concatenate(features), np.concatenate(coarse).astype(np.float32))
+        features, coarse = [np.zeros((0, WIDTH), np.float32)], [np.zeros((0, COARSE**2 * 4), np.float32)]
+        for group in groups(pictures, batch_size):
+            features.append(self.network(torch.stack([seen(picture) for picture in group])).numpy())
+            coarse.append(np.stack([coarse_copy(picture) for picture in group]))
+        return Described(np.concatenate(features), np.concatenate(coarse))
+
+
+def groups(things: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Things by the `size`, as they come."""
+    things = iter(things)
+    while group := list(islice(things, size)):
+        yield group
+
+
+def pixels(picture: Image.Image) -> torch.Tensor:
+    """An RGB picture as (3, y, x) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def seen(picture: Image.Image) -> torch.Tensor:
     """A picture on grey, RGB (3, 160, 160) float32 in [0, 1]."""
-    ground = Image.new("RGBA", picture.size, (GROUND, GROUND, GROUND, 255))
-    flat = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-    flat = flat.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1).float() / 255
+    return pixels(on_background(picture, GROUND).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
 def coarse_copy(picture: Image.Image) -> np.ndarray:

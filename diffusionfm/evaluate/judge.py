@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -48,23 +49,31 @@ class Judge:
 
     def see(self, pictures: Sequence[Image.Image]) -> Views:
         """`views` of pictures."""
-        self.eye = getattr(self, "eye", None) or Eye()
         return self.views(self.eye(pictures))
 
     def ranks(self, views: Views, truths: Sequence[str]) -> np.ndarray:
         """How many of the phrases are nearer to each picture than the true one, (n,): 0 is recognised."""
-        near = views.meaning @ self.arrays["phrases"].astype(np.float32).T
+        near = views.meaning @ self.places.T
         true = near[np.arange(len(views)), [self.phrases.index(truth) for truth in truths]]
         return (near > true[:, None]).sum(1)
 
     def nearest(self, views: Views) -> list[str]:
         """The phrase nearest to each picture."""
-        near = views.meaning @ self.arrays["phrases"].astype(np.float32).T
-        return [self.phrases[k] for k in near.argmax(1)]
+        return [self.phrases[k] for k in (views.meaning @ self.places.T).argmax(1)]
 
-    def like(self, phrase: str) -> np.ndarray:
-        """The place (d,) of a phrase of the list."""
-        return self.arrays["phrases"][self.phrases.index(phrase)].astype(np.float32)
+    def only(self, phrases: Sequence[str]) -> Judge:
+        """One that knows no others than these of the phrases."""
+        rows = [self.phrases.index(phrase) for phrase in phrases]
+        return Judge(self.arrays | {"phrases": self.arrays["phrases"][rows]}, list(phrases))
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where the phrases are, (p, d)."""
+        return self.arrays["phrases"].astype(np.float32)
+
+    @cached_property
+    def eye(self) -> Eye:
+        return Eye()
 
 
 def unit(x: np.ndarray) -> np.ndarray:

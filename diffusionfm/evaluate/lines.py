@@ -56,19 +56,18 @@ def unique(views: Views, thresholds: dict[str, float]) -> Figure:
     return share_of(int(alone.sum()), len(alone))
 
 
-def likeness(views: Views, reference: np.ndarray) -> Figure | None:
-    """Fréchet distance to the reference half of the held-out pictures; None for too few pictures to tell."""
-    if len(views) < ENOUGH:
+def distance(features: np.ndarray, reference: np.ndarray) -> Figure | None:
+    """Fréchet distance of pictures to other, real ones by their features; None for too few pictures to tell."""
+    if len(features) < ENOUGH:
         return None
-    return {"distance": frechet(views.likeness, reference.astype(np.float64)), "of": len(views)}
+    return {"distance": frechet(features, reference), "of": len(features)}
 
 
 def people(judge: Judge, views: Views, prompts: Sequence[str], words: Sequence[str]) -> dict[str, Figure]:
     """Prompt -> what its pictures are nearest to: of all phrases, of the phrases for people, and by gender in these."""
     table: dict[str, Figure] = {}
     everything = judge.nearest(views)
-    among = Judge(judge.arrays | {"phrases": np.stack([judge.like(word) for word in words])}, list(words))
-    persons = among.nearest(views)
+    persons = judge.only(words).nearest(views)
     for prompt in dict.fromkeys(prompts):
         rows = [k for k, other in enumerate(prompts) if other == prompt]
         nearest = [persons[k] for k in rows]

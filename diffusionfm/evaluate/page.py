@@ -85,12 +85,9 @@ def figures_table(lines: dict[str, dict[str, Any]]) -> str:
     body = ""
     for line in lines.values():
         ratio = f"<br><small>{line['of_real']:.0%} of real</small>" if "of_real" in line else ""
-        cells = [cell(line.get(name)) for name in COLUMNS]
-        cells[0] += ratio
+        cells = [f"<td>{cell(line.get(name))}{ratio if name == 'model' else ''}</td>" for name in COLUMNS]
         arrow = "↓" if line["better"] == "lower" else "↑"
-        body += (
-            f"<tr><td>{escape(line['title'])} {arrow}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>\n"
-        )
+        body += f"<tr><td>{escape(line['title'])} {arrow}</td>{''.join(cells)}</tr>\n"
     return f"<table><tr><th>figure</th>{head}</tr>\n{body}</table>"
 
 
@@ -116,7 +113,10 @@ def said(figure: Figure) -> tuple[str, str]:
 
 def people_table(table: dict[str, Figure]) -> str:
     """Prompt, how often a woman's or a man's phrase was nearest, and the nearest phrases."""
-    counts = lambda found: ", ".join(f"{escape(word)} {n}" for word, n in found.items())  # noqa: E731
+
+    def counts(found: dict[str, int]) -> str:
+        return ", ".join(f"{escape(word)} {n}" for word, n in found.items())
+
     body = "".join(
         f"<tr><td>{escape(prompt)}</td><td>{cell(row['woman'])}</td><td>{cell(row['man'])}</td>"
         f"<td>{counts(row['nearest_person'])}</td><td>{counts(row['nearest'])}</td></tr>\n"

@@ -13,10 +13,11 @@ from PIL import Image
 from diffusionfm import __version__
 from diffusionfm.evaluate.assets import FOLDER, load_assets
 from diffusionfm.evaluate.controls import Bench, claims, control_columns
+from diffusionfm.evaluate.inception import Inception, load_inception
 from diffusionfm.evaluate.judge import Judge, Views
-from diffusionfm.evaluate.lines import people, rule_figures
+from diffusionfm.evaluate.lines import ENOUGH, Figure, distance, people, rule_figures
 from diffusionfm.evaluate.networks import autoencoder_lines, loss_lines, stacked
-from diffusionfm.evaluate.protocol import VERSION, Item, Protocol, protocol
+from diffusionfm.evaluate.protocol import VERSION, Item, protocol
 from diffusionfm.evaluate.rules import LINES, RULES, verdicts
 from diffusionfm.evaluate.words import PEOPLE_WORDS
 
@@ -33,6 +34,7 @@ TITLES = {
     "recognised.own_words.first": "words of one's own: meaning recognised first of 500",
     "recognised.own_words.five": "words of one's own: meaning among the first five",
     "likeness": "Fréchet distance to held-out pictures",
+    "fid": "FID to held-out pictures, halves of them",
     "copies.unseen.features": "unseen combinations: near-copies by features",
     "copies.unseen.pixels": "unseen combinations: near-copies by pixels",
     "copies.held_out.features": "held-out phrases: near-copies by features",
@@ -45,7 +47,7 @@ TITLES = {
     "alpha_error": "autoencoder: mean error of alpha",
     "loss": "denoiser: held-out velocity loss at fixed times",
 }
-LOWER = ("likeness", "copies.", "alpha_error", "loss")
+LOWER = ("likeness", "fid", "copies.", "alpha_error", "loss")
 """Figures that are better when lower begin so."""
 
 
@@ -65,11 +67,13 @@ def evaluate(
     quick: bool = False,
     assets: Path = FOLDER,
     progress: Callable[[int, int], None] | None = None,
+    inception: Path | None = None,
 ) -> Scorecard:
     """Run the protocol on a pipeline.
 
     quick: an even share of each section, two minutes; intervals are wide and there is no Fréchet distance.
-    progress(done, total) counts pictures drawn. `ValueError` for a model without alpha or a missing package.
+    progress(done, total) counts pictures drawn. inception: weights (`load_inception`) to report FID by as well.
+    `ValueError` for a model without alpha, a missing package, or weights that are others.
     """
     if pipe.vae.channels != 4:
         raise ValueError(
@@ -78,13 +82,20 @@ def evaluate(
     start = time.monotonic()
     loaded = load_assets(assets)
     plan = protocol(loaded.words, loaded.digest, quick)
-    judge = Judge(loaded.arrays, loaded.words["phrases"])
-    bench = Bench(plan, loaded, judge, real_pictures(plan, loaded.held_out()))
+    if inception and (count := len(plan.numbers("held_out"))) < 2 * ENOUGH:
+        raise ValueError(
+            f"FID needs {2 * ENOUGH} held-out pictures, not {count}: leave out --quick, or --inception"
+        )
+    network = inception and load_inception(inception)
+    bench = Bench(plan, loaded)
+    judge = bench.judge
     pictures = draw(pipe, plan.items, progress)
     drawn = time.monotonic()
     views = judge.see(pictures)
     columns = {"model": model_column(bench, pictures, views), **control_columns(bench)}
     columns["model"] |= network_figures(pipe, bench)
+    if network:
+        columns["model"]["fid"], columns["real"]["fid"] = fid(network, bench, pictures)
     sound = claims(columns)
     numbers = plan.numbers("people")
     prompts = [plan.items[k].prompt for k in numbers]
@@ -94,9 +105,7 @@ def evaluate(
             "hash": plan.digest,
             "quick": quick,
             "pictures": len(plan.items),
-            "training_pictures": loaded.words[
-                "training_pictures"
-            ],  # in the index that copies are looked for in
+            "training_pictures": loaded.words["training_pictures"],
         },
         "model": {"name": pipe.model_name, "fingerprint": pipe.fingerprint(), **pipe.defaults},
         "version": __version__,
@@ -126,10 +135,14 @@ def network_figures(pipe: DiffusionFMPipeline, bench: Bench) -> dict[str, Any]:
     return autoencoder_lines(pipe.vae, held_out) | loss_lines(pipe, held_out, captions)
 
 
-def real_pictures(plan: Protocol, pictures: list[Image.Image]) -> dict[int, Image.Image]:
-    """Row -> the real picture beside an item of the protocol."""
-    used = (plan.items[k].row for k in plan.numbers("held_out"))
-    return {row: pictures[row] for row in used if row is not None}
+def fid(network: Inception, bench: Bench, pictures: list[Image.Image]) -> tuple[Figure | None, Figure | None]:
+    """From one half of the held-out pictures to the other half by Inception: of those drawn, and of the real ones.
+
+    Both are of as many pictures, since FID reads higher the fewer there are.
+    """
+    drawn = network.see(pictures[k] for k in bench.protocol.numbers("held_out")[::2])
+    real = network.see(bench.real.values())
+    return distance(drawn, real[1::2]), distance(real[::2], real[1::2])
 
 
 def draw(

@@ -41,9 +41,12 @@ def mean_of(values: np.ndarray) -> dict[str, float | int]:
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d) (arXiv:1706.08500)."""
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(one)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(min=0)).sum()
-    return float(mean + np.trace(one) + np.trace(two) - 2 * cross)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = root(a), root(b)
+    spread = np.square(x).sum() + np.square(y).sum() - 2 * np.linalg.norm(x @ y.T, "nuc")
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
+
+
+def root(features: np.ndarray) -> np.ndarray:
+    """r of features (n, d), with r.T @ r their covariance and no more rows than the smaller of n and d."""
+    return np.asarray(np.linalg.qr(features - features.mean(0), mode="r")) / math.sqrt(len(features) - 1)

@@ -58,31 +58,11 @@ PEOPLE_WORDS = (
 )  # fmt: skip
 """Phrases among which people are told apart, beside all others of the list."""
 FRUITS = (
-    "apple",
-    "banana",
-    "strawberry",
-    "lemon",
-    "pineapple",
-    "watermelon",
-    "cherries",
-    "pear",
-    "peach",
-    "grapes",
-)
+    "apple", "banana", "strawberry", "lemon", "pineapple", "watermelon", "cherries", "pear", "peach", "grapes",
+)  # fmt: skip
 ANIMALS = (
-    "cat",
-    "dog",
-    "owl",
-    "turtle",
-    "elephant",
-    "penguin",
-    "fox",
-    "frog",
-    "octopus",
-    "rabbit",
-    "snail",
-    "bee",
-)
+    "cat", "dog", "owl", "turtle", "elephant", "penguin", "fox", "frog", "octopus", "rabbit", "snail", "bee",
+)  # fmt: skip
 
 
 def unseen_candidates() -> list[str]:

@@ -126,9 +126,7 @@ def read_weights(path: Path) -> list[Tensor]:
         storages[key] = np.frombuffer(file.read(count * (8 if key in counters else 4)), "<f4")
     found = []
     for name, key, (_, offset, *shape) in described:
-        if key in counters or name.startswith(
-            "_fc."
-        ):  # the classifier of ImageNet's classes is of no use here
+        if key in counters or name.startswith("_fc."):  # ImageNet's classifier is of no use here
             continue
         size, stride = shape[: len(shape) // 2], shape[len(shape) // 2 :]
         found.append(torch.from_numpy(storages[key].copy()).as_strided(size, stride, offset))
