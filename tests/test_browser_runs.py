@@ -16,7 +16,7 @@ from conftest import build_tiny_pipeline
 
 from tests.finetune_toys import draw_pictures
 from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, wait_for
-from tests.test_engine import write_lora
+from serving import write_lora
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -30,7 +30,7 @@ from diffusionfm.lora import BASE_HASH, BASE_NAME
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.models import Models, find_models
-from tests.test_engine import near, write_lora
+from serving import near, write_lora
 
 ME, TICKET = new_person(), "0" * 32
 PAGE = SimpleNamespace(session_hash="page")
