@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import socket
@@ -13,7 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import build_tiny_pipeline
+from PIL import Image
 
+from diffusionfm.images import read_parameters
 from tests.finetune_toys import draw_pictures
 from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, wait_for
 from serving import write_lora
@@ -120,7 +124,7 @@ def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
 
     page.reload()  # the run goes on, and the page finds it again
     page.get_by_role("tab", name="Fine-tune").click()
-    page.wait_for_selector("#ft-curves svg path")
+    page.wait_for_selector("#ft-curves svg")
     if page.locator("#ft-stop").is_enabled():
         page.click("#ft-stop")
         expect(page.locator("#ft-start")).to_have_text("Resume")
@@ -128,7 +132,9 @@ def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
     expect(page.locator("#ft-use")).to_be_visible()
     assert "took all 24 steps" in page.locator("#ft-status").inner_text()
     assert "adapted one, step" in page.locator("#ft-stage figcaption").inner_text()
-    (run,) = [path for path in runs.glob("*/*") if path.name.startswith("rings")]
+    (run,) = [
+        file.parent for file in runs.glob("*/*/run.json") if json.loads(file.read_text())["name"] == "rings"
+    ]
     captions = [
         json.loads(line)["text"] for line in (run / "pictures/metadata.jsonl").read_text().splitlines()
     ]
@@ -144,26 +150,30 @@ def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
     fits(page, tmp_path / "phone.png")
 
     page.click("#ft-use")
-    expect(page.locator("#adapter input")).to_have_value("rings")
-    drawn = {}
+    expect(page.locator("#adapter input")).to_have_value("rings (tiny)")
     page.uncheck("#fresh input")
-    fill(page, "#count", 1)
-    for choice in ("rings", "none"):
-        page.locator("#adapter input").click()
-        page.get_by_role("option", name=choice, exact=True).click()
-        page.fill("#prompt textarea", "a red circle, my style")
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a red circle, my style")
+    drawn = []
+    for choice in ("rings (tiny)", "none"):
+        choose(page, "#adapter", choice)
         page.click("#generate")
-        expect(page.locator("#generate")).to_be_enabled()
+        if drawn:
+            expect(page.locator(PICTURE)).not_to_have_attribute("src", drawn[0])
         page.wait_for_selector(PICTURE)
-        drawn[choice] = page.get_attribute(PICTURE, "src")
-    assert drawn["rings"] != drawn["none"]
+        drawn.append(page.get_attribute(PICTURE, "src"))
+    files = [base64.b64decode(source.partition(",")[2]) for source in drawn]
+    assert [read_parameters(io.BytesIO(file)).get("lora") for file in files] == [["rings:1"], None]
+    pixels = [Image.open(io.BytesIO(file)).tobytes() for file in files]
+    assert pixels[0] != pixels[1]
 
     stranger = page.context.browser.new_context()
     other = tab(stranger.new_page(), url, "Fine-tune")
     other.wait_for_selector("#ft-stage .empty")
     other.get_by_role("tab", name="Create").click()
     other.locator("#adapter input").click()
-    assert other.get_by_role("option").all_inner_texts() == ["none"] or not other.get_by_text("rings").count()
+    expect(other.get_by_role("option", name="house (tiny)")).to_be_visible()
+    assert other.get_by_role("option", name="rings").count() == 0
     stranger.close()
 
 
