@@ -18,7 +18,8 @@ from diffusionfm.autoencoder import AutoencoderKL, PatchDiscriminator, premultip
 from diffusionfm.cost import count_flops
 from diffusionfm.features import drop_prompts
 from diffusionfm.ranks import gather, rank
-from diffusionfm.text import ImageTower, SentenceTeacher, encode_prompts
+from diffusionfm.sentences import SentenceTeacher
+from diffusionfm.text import ImageTower, encode_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import build_tiny_pipeline
 from PIL import Image
+from serving import write_lora
 
 from diffusionfm.images import read_parameters
 from tests.finetune_toys import draw_pictures
 from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, wait_for
-from serving import write_lora
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

