@@ -19,9 +19,9 @@ from .adapters import Picker, place, wear
 from .cards import VEIL, data_url, note, veiled
 from .controls import QUIET, actions, easel, tuning
 from .create import roll
-from .lane import REFUSED, Lane, owner_of
+from .lane import REFUSED, Lane, Update, owner_of
 from .request import MAX_PROMPT, MAX_SEED, file_name, small
-from .shelf import DrawTab, Progress, Update, draw_all
+from .shelf import DrawTab, Progress, draw_all
 
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."

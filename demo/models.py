@@ -13,11 +13,9 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from . import cards
 from .adapters import MAX_WEIGHT, NONE, choices, chosen, refreshed
 from .controls import QUIET, SHOWN
-from .lane import REFUSED, Lane
+from .lane import REFUSED, Lane, Update
 from .request import size_name, sizes
 
-Update = dict[Any, Any]
-"""New values by component."""
 KEPT = ("create", "vary", "grid")
 """Tabs whose adapter and weight a reload brings back."""
 KEEP = "(...chosen) => { sessionStorage.setItem('diffusionfm-chosen', JSON.stringify(chosen)); }"
