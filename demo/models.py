@@ -111,7 +111,7 @@ def reopen(lane: Lane, person: str, found: Any) -> Update:
         return new
     name, pipe = found[0], lane.pipe
     if name in lane.models.names[1:]:
-        with suppress(REFUSED):  # else it is the first
+        with suppress(*REFUSED):  # else it is the first
             new, pipe = new | follow(lane, name), lane.models.engine(name).pipe
     for tab, choice, weight in zip(KEPT, found[1::2], found[2::2], strict=True):
         picker = lane.pickers[tab]
