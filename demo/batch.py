@@ -24,11 +24,11 @@ from . import runcards
 from .adapters import NONE, choices, chosen
 from .batch_controls import EMPTY, Controls, lay_out
 from .cards import bar, note
-from .lane import Lane
+from .lane import Lane, Update
 from .processes import Command, ask
 from .request import small
 from .runs import Run, State
-from .runtab import HIDDEN, RunTab, Update, told, waiting
+from .runtab import HIDDEN, RunTab, told, waiting
 
 MOST = 10_000  # pictures of a run in the studio
 LIVE = 12  # pictures shown while it draws

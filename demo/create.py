@@ -15,7 +15,7 @@ from diffusionfm.drawing import Cancelled, Pictures
 from . import cards
 from .adapters import wear
 from .controls import QUIET, SAVE, SHOWN, TICKET, Controls, lay_out
-from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Waiting, owner_of
+from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Update, Waiting, owner_of
 from .request import (
     AS_WRITTEN,
     NOTHING,
@@ -31,9 +31,6 @@ from .request import (
     svg,
     zip_of,
 )
-
-Update = dict[Any, Any]
-"""New values by component."""
 
 
 def create(lane: Lane) -> None:

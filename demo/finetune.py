@@ -27,10 +27,10 @@ from .cards import bar, note, notes
 from .controls import QUIET
 from .dataset import SHEET, Rows, look_through, pictures_of, settle, take_in
 from .finetune_controls import EMPTY, Controls, lay_out
-from .lane import Lane
+from .lane import Lane, Update
 from .processes import Command
 from .runs import Run, State
-from .runtab import HIDDEN, RunTab, Update, told, waiting
+from .runtab import HIDDEN, RunTab, told, waiting
 
 SHEETS = 6  # a run draws about so many
 TO_CREATE = "() => document.querySelector('#tabs button[role=tab]').click()"

@@ -19,9 +19,9 @@ from .adapters import Picker, place, wear
 from .cards import VEIL, data_url, note, veiled
 from .controls import QUIET, actions, easel, tuning
 from .create import roll
-from .lane import REFUSED, Lane, owner_of
+from .lane import REFUSED, Lane, Update, owner_of
 from .request import MAX_PROMPT, MAX_SEED, file_name, small
-from .shelf import DrawTab, Progress, Update, draw_all
+from .shelf import DrawTab, Progress, draw_all
 
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."
@@ -164,7 +164,7 @@ class Tab(DrawTab):
         """The drawing: progress, then the sheet."""
         try:
             engine = self.lane.models.engine(model)
-            base = {
+            base: dict[str, Any] = {
                 "prompt": (prompt or "").strip(),
                 "negative_prompt": (negative or "").strip(),
                 "seed": roll() if seed is None else int(seed),
@@ -182,7 +182,9 @@ class Tab(DrawTab):
             if isinstance(event, Progress):
                 yield {self.at.status: event.shown(len(requests))}
                 continue
-            facts = {"": base["prompt"]} | {name: base[name] for name in ("seed", "steps", "guidance")}
+            facts: dict[str, Any] = {"": base["prompt"]} | {
+                name: base[name] for name in ("seed", "steps", "guidance")
+            }
             if base["loras"]:
                 facts["lora"] = f"{base['loras'][0][0].partition('+')[0]}:{weight:g}"
             facts = {name: value for name, value in facts.items() if name not in (x, y)}

@@ -29,6 +29,8 @@ MOST_KEPT = 128
 """Finished drawings that are kept, for pages that are open or may come back: the oldest go first."""
 LOOK = 0.5
 """Seconds between looks at the place in the queue."""
+Update = dict[Any, Any]
+"""What an event gives: new values by component."""
 REFUSED = (ValueError, QueueFull, Closed)
 """What a drawing that was not taken raises, in words for a person."""
 

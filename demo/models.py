@@ -13,11 +13,9 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from . import cards
 from .adapters import MAX_WEIGHT, NONE, choices, chosen, refreshed
 from .controls import QUIET, SHOWN
-from .lane import REFUSED, Lane
+from .lane import REFUSED, Lane, Update
 from .request import size_name, sizes
 
-Update = dict[Any, Any]
-"""New values by component."""
 KEPT = ("create", "vary", "grid")
 """Tabs whose adapter and weight a reload brings back."""
 KEEP = "(...chosen) => { sessionStorage.setItem('diffusionfm-chosen', JSON.stringify(chosen)); }"
@@ -113,7 +111,7 @@ def reopen(lane: Lane, person: str, found: Any) -> Update:
         return new
     name, pipe = found[0], lane.pipe
     if name in lane.models.names[1:]:
-        with suppress(REFUSED):  # else it is the first
+        with suppress(*REFUSED):  # else it is the first
             new, pipe = new | follow(lane, name), lane.models.engine(name).pipe
     for tab, choice, weight in zip(KEPT, found[1::2], found[2::2], strict=True):
         picker = lane.pickers[tab]

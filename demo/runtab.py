@@ -9,11 +9,9 @@ from typing import Any
 import gradio as gr
 
 from .cards import note
-from .lane import REFUSED, Lane
+from .lane import REFUSED, Lane, Update
 from .runs import Run, State
 
-Update = dict[Any, Any]
-"""New values by component."""
 HIDDEN: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",

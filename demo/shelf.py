@@ -19,7 +19,7 @@ from diffusionfm.serve.jobs import Request
 
 from .cards import VEIL, bar, data_url, note
 from .controls import QUIET, SHOWN
-from .lane import AT_ONCE, REFUSED, Lane
+from .lane import AT_ONCE, REFUSED, Lane, Update
 from .request import file_name
 
 TAKE = """element.addEventListener('click', event => {
@@ -30,8 +30,6 @@ TAKE = """element.addEventListener('click', event => {
 LAST = "() => document.querySelector('#stage .card img')?.src ?? ''"
 """The first picture on Create's stage, as a data URL; empty where there is none."""
 MAX_URL = 2**23
-Update = dict[Any, Any]
-"""New values by component."""
 
 
 class DrawTab:

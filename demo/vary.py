@@ -20,9 +20,9 @@ from .cards import drawing, empty, note, veiled
 from .controls import QUIET, SHOWN, actions, easel, tuning
 from .create import roll
 from .editor import canvas_of, editor, painted
-from .lane import REFUSED, Lane, owner_of
+from .lane import REFUSED, Lane, Update, owner_of
 from .request import MAX_COUNT, MAX_PROMPT, MAX_SEED, encode, seeds_in_words, small
-from .shelf import LAST, TAKE, DrawTab, Progress, Update, bytes_of, draw_all, shelf
+from .shelf import LAST, TAKE, DrawTab, Progress, bytes_of, draw_all, shelf
 
 HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
