@@ -142,7 +142,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         yield from ((reader.line_num, row) for row in reader)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; save it as a plain CSV") from None
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}; save it as a plain CSV") from None
 
 
 def _read_text(path: Path) -> str:

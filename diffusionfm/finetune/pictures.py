@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.checkpoint import write_json, write_weights, writing
 from diffusionfm.data.captions import TRIGGER
 from diffusionfm.data.folder import FolderDataset, preflight, square
 from diffusionfm.data.order import Order
@@ -76,10 +76,11 @@ def look_only(folder: Path, size: int, captions: str, shown_as: str) -> tuple[Pr
 
 def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> None:
     """preflight.json, and preflight.png where there is a picture to show."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / PREFLIGHT, report.as_dict())
-    if shown:
-        save_png(preflight_sheet(shown), out / SHEET)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PREFLIGHT, report.as_dict())
+        if shown:
+            save_png(preflight_sheet(shown), out / SHEET)
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -181,8 +182,9 @@ def own_prompts(cfg: FinetuneConfig, classes: list[str]) -> tuple[list[str], lis
 
     Without the class among them, whatever is like the subject becomes the subject (DreamBooth, arXiv:2208.12242)."""
     own, count = cfg.own_prompts, cfg.prior_pictures if cfg.prior else 0
-    of_class = [classes[k * 2 * len(classes) // count] for k in range(count // 2)] if classes else []
-    kept = [own[k % len(own)] for k in range(count - len(of_class))]
+    half = count // 2 if classes else 0
+    of_class = [classes[k * len(classes) // half] for k in range(half)]
+    kept = [own[k % len(own)] for k in range(count - half)]
     return own + classes[:: -(-len(classes) // len(own)) or 1], kept + of_class
 
 
