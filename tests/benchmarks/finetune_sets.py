@@ -187,12 +187,12 @@ def grid(model: str | None, lora: Path, name: str, prompts: list[str], out: Path
 
 
 def stack(files: list[Path], out: Path) -> None:
-    """The grids of several sets, one below the other."""
+    """The grids of several sets, one below the other, in 128 colours: a third of the bytes."""
     grids = [Image.open(file).convert("RGB") for file in files]
     sheet = Image.new("RGB", (max(g.width for g in grids), sum(g.height for g in grids)), "white")
     for k, picture in enumerate(grids):
         sheet.paste(picture, (0, sum(g.height for g in grids[:k])))
-    save_png(sheet, out)
+    sheet.quantize(128, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 def rule_items_of(count: int) -> list[Item]:
