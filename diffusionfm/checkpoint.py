@@ -106,7 +106,7 @@ def load(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
     fault = find_fault(folder)
     if fault:
         raise ValueError(f"{folder} is not a complete checkpoint: {fault}; remove the folder and run again")
-    state = json.loads((folder / STATE).read_text())
+    state = state_of(folder)
     shares: dict[str, list[dict[str, Tensor]]] = {}
     for file in sorted(state["files"]):
         shares.setdefault(file.partition(".")[0], []).append(load_file(folder / file))
@@ -138,6 +138,11 @@ def find_fault(folder: str | Path) -> str | None:
     return None
 
 
+def state_of(folder: Path) -> dict[str, Any]:
+    """The state.json of a whole checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
 def listing(run_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, complete or not."""
     return sorted((Path(run_dir) / "checkpoints").glob("step_*"))
@@ -154,7 +159,7 @@ def latest(run_dir: str | Path, usable: Callable[[dict[str, Any]], bool] | None 
         fault = find_fault(folder)
         if fault:
             print(f"passing over {folder}: {fault}")
-        elif usable is None or usable(json.loads((folder / STATE).read_text())):
+        elif usable is None or usable(state_of(folder)):
             return folder
     return None
 
@@ -181,12 +186,13 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write JSON to a file whole or not at all."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with writing(path):
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
 
 
 def write_weights(

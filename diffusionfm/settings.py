@@ -48,6 +48,7 @@ class TrainerConfig:
     )
     seed: int = 0
     init: str | None = None  # weights to start from: a run folder, a pipeline folder or a safetensors file
+    discard: bool = False  # with other steps while the rate falls: give up the checkpoints since
     checkpoint_every: int = 1000
     keep: int = 2
     log_every: int = 20

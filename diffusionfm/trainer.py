@@ -1,6 +1,5 @@
 """The one training loop: any objective over any batches, resumed bit for bit, on one process or many."""
 
-import functools
 import itertools
 import signal
 import threading
@@ -273,6 +272,8 @@ class Trainer:
         )
         if accelerator.is_main_process:
             if self.step < cfg.steps:
+                if lost := resume.later(self.run_dir, self.step):
+                    self._say(f"given up: the checkpoints of steps {', '.join(map(str, lost))}")
                 checkpoint.discard_after(self.run_dir, self.step)
                 ema.thin_snapshots(self.run_dir, self.step, cfg.checkpoint_every)
             machine = {"matrix_flops_per_s": self.matrix_rate, "matrix_dtype": str(dtype)}
@@ -282,8 +283,7 @@ class Trainer:
 
     def _load(self) -> dict[str, dict[str, Tensor]]:
         """Load the networks from the newest checkpoint or `cfg.init`; return the checkpoint's tensors."""
-        good = functools.partial(resume.usable, steps=self.cfg.steps)
-        folder = checkpoint.latest(self.run_dir, good) or checkpoint.latest(self.run_dir)
+        folder = resume.find(self.cfg)
         if folder is None:
             if self.cfg.init:
                 loaded = checkpoint.warm_start(self.networks, self.cfg.init)
@@ -298,7 +298,7 @@ class Trainer:
         self.joules = state.get("joules", 0.0)
         self.guard.load(state.get("guard", {}))
         self._say(f"resumed at step {self.step}")
-        if not good(state):
+        if not resume.usable(state, self.cfg.steps):
             self._say(f"its learning rate had begun to fall towards step {state['steps']}: it rises again")
         return tensors
 

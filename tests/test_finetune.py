@@ -209,6 +209,20 @@ def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_p
     assert (cfg.rank, cfg.trainer.lr) == (FinetuneConfig().rank, FinetuneConfig().trainer.lr)
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    pictures, tiny_model, tmp_path, no_file_beyond, capsys
+):
+    command = ["finetune", str(pictures), "--out", str(tmp_path / "style"), "--model", str(tiny_model)]
+    command += ["--steps", "2", "--rank", "2", "--quiet"]
+    for most in (3_000, 14_000):  # the model's own pictures do not fit, then the checkpoint
+        with no_file_beyond(most):
+            assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: could not write") and error.count("\n") == 1
+        assert "free some disk space and run again" in error
+    assert main(command) == 0 and (tmp_path / "style" / WEIGHTS).is_file()
+
+
 def empty(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()

@@ -22,7 +22,7 @@ from diffusionfm.cli.training import METHODS, PRESETS
 from diffusionfm.data.captions import CHOICES
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, load_preset, run, settings
 from diffusionfm.finetune.methods import Best, build
-from diffusionfm.finetune.pictures import mixture, with_trigger
+from diffusionfm.finetune.pictures import class_prompts, mixture, own_prompts, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
@@ -148,12 +148,45 @@ def test_a_subject_with_a_trigger_and_prior_pictures(tiny_model, tmp_path):
     assert "captions: 3 from the trigger alone, 1 from .txt files" in text
     assert "4 pictures to train on and 3 of the model's own" in text
     assert json.loads((out / RECORD).read_text())["trigger"] == "zkw"
-    assert load_file(out / "own.safetensors")["latent"].shape[0] == 12 + 3
+    assert "own prompts and of 'a photo' and the like" in text
+    assert load_file(out / "own.safetensors")["latent"].shape[0] == 12 + 1 + 3
     with pytest.raises(ValueError, match="begun with trigger zkw, not abc"):
         cfg.trigger = "abc"
         run(cfg, say=said.append)
     with pytest.raises(ValueError, match=r"captions hold \[trigger\]"):
         finetune(folder, tmp_path / "other", model=tiny_model, captions="name", **SHORT)
+
+
+def test_prior_pictures_are_of_the_subject_s_class_too():
+    """The captions of the subject without its name: else "a face" would be learned as the subject's face."""
+    captions = [
+        "a face of zkw with sad eyes",
+        "zkw, a face",
+        "a ZKW dog",
+        "zkw",
+        "a face of zkws",
+        "a face of ZKW.",
+    ]
+    classes = class_prompts([{"captions": captions[:3]}, {"captions": captions[3:]}], "zkw")
+    assert classes == ["a face with sad eyes", "a face", "a dog", "a face of zkws"]
+    assert class_prompts([{"captions": captions}], "") == []
+    cfg = FinetuneConfig(own_prompts=["a cat", "a tree", "a key"], trigger="zkw", prior_pictures=9)
+    assert own_prompts(cfg, classes) == (["a cat", "a tree", "a key", "a face with sad eyes", "a dog"], [])
+    cfg.prior = 0.5
+    own = ["a cat", "a tree", "a key", "a cat", "a tree"]
+    assert own_prompts(cfg, classes)[1] == [*own, *classes]
+    assert own_prompts(cfg, ["a dog"])[1] == [*own, *["a dog"] * 4]
+    assert own_prompts(cfg, []) == (own[:3], [*own, "a key", "a cat", "a tree", "a key"])
+
+
+def test_a_subject_whose_captions_name_no_class_is_told_so(tiny_model, tmp_path):
+    folder = draw_pictures(tmp_path / "mine", 3)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    said: list[str] = []
+    subject = SHORT | {"steps": 1, "captions": "trigger", "trigger": "zkw"}
+    finetune(folder, tmp_path / "out", model=tiny_model, prior=1.0, say=said.append, **subject)
+    assert any("no caption names what zkw is: say 'a dog of [trigger]'" in line for line in said)
 
 
 def test_prior_pictures_come_as_often_as_their_weight():

@@ -72,6 +72,9 @@ def test_csv(folder, columns):
         FolderDataset(folder)
 
 
+GOOD = '{"file_name": "a.png", "text": "an a"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -80,6 +83,18 @@ def test_csv(folder, columns):
         ("metadata.jsonl", '\n{"text": "x"}', "line 2: no file_name"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 7}', "must be text"),
         ("metadata.jsonl", "\udcff", "UTF-8"),
+        ("metadata.jsonl", GOOD + '{"file_name": "b.JPG", ', "line 2: not JSON"),
+        (
+            "metadata.jsonl",
+            GOOD + '{"file_name": "b.JPG", "text": "\\ud800"}',
+            "line 2: the caption .*surrogate",
+        ),
+        ("metadata.jsonl", GOOD + '{"file_name": "b.JPG", "text": "\\u0000"}', "line 2: the caption .*NUL"),
+        (
+            "metadata.csv",
+            f"file_name,text\na.png,{'a' * 2**20}",
+            "line 2: .*(1,048,576 characters|field limit)",
+        ),
         ("metadata.csv", "one,two\na.png,x", "name the columns"),
         ("metadata.csv", "", "name the columns"),
     ],
@@ -88,6 +103,22 @@ def test_broken_metadata(folder, name, text, words):
     (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=words):
         FolderDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"a" * 2**20, "1,048,576 characters"),
+        (b"caf\xe9", "a.txt is not UTF-8"),
+        (b"\xed\xa0\x80", "a.txt is not"),
+    ],
+)
+def test_a_picture_whose_txt_is_no_caption_is_named_and_left_out(folder, text, words):
+    caption_all(folder)
+    (folder / "a.txt").write_bytes(text)
+    dataset = FolderDataset(folder)
+    assert len(dataset) == 3 and dataset.report.unreadable[0][0] == "a.png"
+    assert words in dataset.report.unreadable[0][1]
 
 
 @pytest.mark.parametrize(

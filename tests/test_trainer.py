@@ -1,12 +1,9 @@
-"""The training loop: exact resume, signals and kills, guards, callbacks, run folder, optimisers, schedule."""
+"""The training loop: guards, callbacks, the run folder, exports, compiled networks, ranks."""
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,97 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusionfm import checkpoint, cost, guard, optim
-from diffusionfm.checkpoint import CheckpointError
-from diffusionfm.trainer import Trainer, TrainerConfig, TrainingDiverged
+from diffusionfm import checkpoint, cost, guard
+from diffusionfm.trainer import Trainer, TrainingDiverged
 
 sys.path.insert(0, str(Path(__file__).parent))
-from trainer_toy import Denoise, Restore, Toy, ToyBatches  # noqa: E402
+from trainer_toy import Denoise, Restore, Toy, ToyBatches, config, metrics, same_end, train  # noqa: E402
 
 TOY = str(Path(__file__).parent / "trainer_toy.py")
-
-
-def _config(folder: Path, **changes) -> TrainerConfig:
-    given = {"steps": 4, "batch_size": 8, "lr": 1e-2, "warmup": 3, "device": "cpu", "precision": "fp32"}
-    return TrainerConfig(output_dir=str(folder), **given | {"tracker": "none"} | changes)
-
-
-def _train(folder: Path, net: nn.Module | None = None, data=None, callbacks=None, **changes) -> Path:
-    torch.manual_seed(0)
-    objective = Denoise(net or Toy())
-    return Trainer(_config(folder, **changes), objective, data or ToyBatches(), **callbacks or {}).fit()
-
-
-def _metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _same_end(a: Path, b: Path, steps: int) -> None:
-    for name in ("net", "ema", "optimizer"):
-        one, two = (load_file(checkpoint.step_folder(run, steps) / f"{name}.safetensors") for run in (a, b))
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
-    trace = [[(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in _metrics(run)] for run in (a, b)]
-    assert trace[0] == trace[1] and [row[0] for row in trace[0]] == list(range(1, steps + 1))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("decay", [0.0, 0.15])
-def test_twenty_steps_are_seven_and_six_and_seven(tmp_path, capsys, optimizer, precision, decay):
-    """With a decay, the run goes on from before its earlier end was in sight; without, from its very end."""
-    settings = {"optimizer": optimizer, "precision": precision, "decay_fraction": decay}
-    _train(tmp_path / "whole", steps=20, **settings)
-    for steps in (7, 13, 20):
-        torch.rand(3)
-        noise = {"on_sample": lambda step, networks: torch.randn(5)}
-        _train(tmp_path / "parts", steps=steps, callbacks=noise, sample_every=2, **settings)
-    said = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "resumed" in line]
-    assert said == ([7, 13] if decay == 0 else [6, 11])
-    _same_end(tmp_path / "whole", tmp_path / "parts", 20)
-
-
-def test_killed_at_random_it_goes_on_to_the_same_end(tmp_path):
-    common = [
-        "trainer.steps=40",
-        "trainer.checkpoint_every=1",
-        "trainer.tracker=none",
-        "trainer.batch_size=8",
-    ]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def command(folder: Path, *more: str) -> list[str]:
-        return [sys.executable, TOY, f"trainer.output_dir={folder}", *common, *more]
-
-    subprocess.run(command(whole), check=True, capture_output=True)
-    for delay in (0.02, 0.23, 0.41):
-        child = subprocess.Popen(
-            command(killed, "pause=0.02"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before, deadline = checkpoint.latest(killed), time.monotonic() + 300
-        while checkpoint.latest(killed) == before and time.monotonic() < deadline:
-            time.sleep(0.05)  # until it has got somewhere: how long that takes depends on the machine
-        time.sleep(delay)
-        child.kill()
-        child.wait()
-        assert checkpoint.latest(killed) != before
-    done = subprocess.run(command(killed), check=True, capture_output=True, text=True)
-    assert "resumed at step" in done.stdout
-    _same_end(whole, killed, 40)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_leaves(tmp_path, number, code):
-    command = [sys.executable, TOY, f"trainer.output_dir={tmp_path}", "trainer.steps=500", "pause=0.05"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.05)
-    child.send_signal(number)
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == code and f"stopped by {number.name} at step" in out
-    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, len(_metrics(tmp_path)))
-    assert (tmp_path / "net.safetensors").exists()
 
 
 def test_the_run_folder_tells_the_story(tmp_path):
@@ -122,10 +35,10 @@ def test_the_run_folder_tells_the_story(tmp_path):
         seen.append((step, networks["net"].leave.weight.clone()))
         return {"heldout_loss": 0.5}
 
-    run = _train(
+    run = train(
         tmp_path, net=live, callbacks={"on_sample": look, "validate": look}, tracker="tensorboard", **settings
     )
-    lines = _metrics(run)
+    lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 11)) and lines[-1]["samples"] == 80
     wanted = {"loss", "level", "lr", "grad_norm", "images_per_s", "wait_s", "seconds"}
     assert all(wanted <= line.keys() for line in lines)
@@ -145,7 +58,7 @@ def test_the_run_folder_tells_the_story(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    lines = _metrics(_train(tmp_path, steps=150, decay_fraction=0.2))
+    lines = metrics(train(tmp_path, steps=150, decay_fraction=0.2))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
 
 
@@ -158,11 +71,11 @@ def test_pieces_add_up_to_the_batch(tmp_path):
         torch.manual_seed(0)
         net = Toy()
         net.drop.p = 0.0
-        Trainer(_config(tmp_path / name, grad_accum=pieces), Plain(net), ToyBatches()).fit()
-    one, four = (_metrics(tmp_path / name) for name in ("one", "four"))
+        Trainer(config(tmp_path / name, grad_accum=pieces), Plain(net), ToyBatches()).fit()
+    one, four = (metrics(tmp_path / name) for name in ("one", "four"))
     assert [m["loss"] for m in four] == pytest.approx([m["loss"] for m in one], rel=1e-4)
     with pytest.raises(ValueError, match="grad_accum=3"):
-        _train(tmp_path / "three", grad_accum=3)
+        train(tmp_path / "three", grad_accum=3)
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_weights_move(tmp_path):
@@ -173,7 +86,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_move(tmp_path):
             return batch
 
     with pytest.raises(TrainingDiverged, match="at step 7") as error:
-        _train(tmp_path, steps=10, checkpoint_every=3, data=Poisoned())
+        train(tmp_path, steps=10, checkpoint_every=3, data=Poisoned())
     assert isinstance(error.value, ValueError) and isinstance(error.value, FloatingPointError)
     dumped = json.loads((tmp_path / "diverged.json").read_text())
     assert dumped["step"] == 7 and dumped["key"] == [f"6-{i}" for i in range(8)]
@@ -181,8 +94,8 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_move(tmp_path):
     assert json.loads((kept / "rank0.json").read_text())["key"] == dumped["key"]
     assert load_file(kept / "rank0.safetensors")["x"].isnan().any()
     assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 6)
-    _train(tmp_path, steps=10)
-    assert [line["step"] for line in _metrics(tmp_path)] == list(range(1, 11))
+    train(tmp_path, steps=10)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 11))
 
 
 class Leaping(ToyBatches):
@@ -201,24 +114,24 @@ class Leaping(ToyBatches):
 def test_a_leaping_step_is_skipped_named_and_kept(tmp_path, capsys):
     """Its weights are those before it, and a run resumed in between decides alike."""
     for steps in (56, 66):  # the statistics judge from step 51
-        _train(tmp_path / "parts", steps=steps, data=Leaping(53, 60), decay_fraction=0.0)
-    _train(tmp_path / "whole", steps=66, data=Leaping(53, 60), decay_fraction=0.0, checkpoint_every=53)
-    _same_end(tmp_path / "whole", tmp_path / "parts", 66)
+        train(tmp_path / "parts", steps=steps, data=Leaping(53, 60), decay_fraction=0.0)
+    train(tmp_path / "whole", steps=66, data=Leaping(53, 60), decay_fraction=0.0, checkpoint_every=53)
+    same_end(tmp_path / "whole", tmp_path / "parts", 66)
     assert "step 54 skipped: loss" in capsys.readouterr().out
-    skipped = {m["step"]: m["skipped"] for m in _metrics(tmp_path / "whole") if "skipped" in m}
+    skipped = {m["step"]: m["skipped"] for m in metrics(tmp_path / "whole") if "skipped" in m}
     assert skipped == {54: 1, 61: 2}
     assert json.loads((tmp_path / "whole" / "ledger.json").read_text())["skipped"] == 2
     kept = sorted(path.name for path in (tmp_path / "whole" / "bad_batches").iterdir())
     assert kept == ["step_00000054", "step_00000061"]
     record = json.loads((tmp_path / "whole" / "bad_batches" / kept[0] / "rank0.json").read_text())
     assert record["key"] == [f"53-{i}" for i in range(8)] and "running mean" in record["what"]
-    _train(tmp_path / "off", steps=54, data=Leaping(53), spike=0.0)
+    train(tmp_path / "off", steps=54, data=Leaping(53), spike=0.0)
     assert not (tmp_path / "off" / "bad_batches").exists()
 
 
 def test_a_skipped_step_moves_no_weight(tmp_path):
     settings = {"decay_fraction": 0.0, "checkpoint_every": 1, "keep": 5}
-    run = _train(tmp_path, steps=55, data=Leaping(53), **settings)
+    run = train(tmp_path, steps=55, data=Leaping(53), **settings)
     before, after, next_one = (
         load_file(checkpoint.step_folder(run, step) / "net.safetensors") for step in (53, 54, 55)
     )
@@ -228,10 +141,10 @@ def test_a_skipped_step_moves_no_weight(tmp_path):
 
 def test_leaping_on_and_on_stops_with_the_good_checkpoint(tmp_path):
     with pytest.raises(TrainingDiverged, match=r"at step 58, as in the 4 steps before.*lower trainer.lr"):
-        _train(tmp_path, steps=70, data=Leaping(*range(53, 70)), decay_fraction=0.0, checkpoint_every=50)
+        train(tmp_path, steps=70, data=Leaping(*range(53, 70)), decay_fraction=0.0, checkpoint_every=50)
     assert json.loads((tmp_path / "diverged.json").read_text())["key"][0] == "57-0"
     assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 50)
-    _train(tmp_path, steps=55, decay_fraction=0.0)
+    train(tmp_path, steps=55, decay_fraction=0.0)
 
 
 def test_a_large_batch_is_kept_in_part_and_old_ones_go(tmp_path, monkeypatch):
@@ -247,8 +160,8 @@ def test_a_large_batch_is_kept_in_part_and_old_ones_go(tmp_path, monkeypatch):
 
 
 def test_cost_is_in_the_log(tmp_path):
-    run = _train(tmp_path, steps=3)
-    lines, ledger = _metrics(run), json.loads((run / "ledger.json").read_text())
+    run = train(tmp_path, steps=3)
+    lines, ledger = metrics(run), json.loads((run / "ledger.json").read_text())
     environment = json.loads((run / "environment.json").read_text())
     for line in lines:
         rate = environment["matrix_flops_per_s"]
@@ -282,71 +195,15 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_work(tmp_path, monkey
     monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     with pytest.raises(ValueError, match="pip install trackio"):
-        _train(tmp_path / "run", tracker="trackio")
+        train(tmp_path / "run", tracker="trackio")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="trainer.tracker is one of tensorboard, trackio, none"):
-        _config(tmp_path, tracker="wandb")
-
-
-def test_other_data_and_another_stage_are_refused_and_the_run_goes_on(tmp_path):
-    class Known(ToyBatches):
-        fingerprint = "one"
-
-    class Other(ToyBatches):
-        fingerprint = "other"
-
-    _train(tmp_path, data=Known(), steps=2, decay_fraction=0.0)
-    with pytest.raises(
-        ValueError, match="training data .*is other, was one; take another trainer.output_dir"
-    ):
-        _train(tmp_path, data=Other(), decay_fraction=0.0)
-
-    class Stage(Denoise):
-        def networks(self):
-            return {"decoder": self.net}
-
-    with pytest.raises(ValueError, match="it trained net, this config trains decoder; take another"):
-        Trainer(_config(tmp_path), Stage(Toy()), Known()).fit()
-    with pytest.raises(
-        ValueError, match="batch_size=9 does not divide into 1 processes x trainer.grad_accum=2"
-    ):
-        _train(tmp_path / "new", batch_size=9, grad_accum=2)
-    _train(tmp_path, data=Known(), decay_fraction=0.0)
-    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
-    _train(tmp_path)
-    with pytest.raises(ValueError, match=r"net/enter.weight is \[16, 4\], was \[8, 4\].*output_dir"):
-        _train(tmp_path, net=Toy(16), steps=8)
-    with pytest.raises(ValueError, match="trainer.optimizer is muon, was adamw"):
-        _train(tmp_path, optimizer="muon", steps=8)
-    _train(tmp_path, steps=8)
-
-
-def test_a_finished_run_runs_no_step_and_mends_its_export(tmp_path, capsys):
-    _train(tmp_path)
-    before = (tmp_path / "metrics.jsonl").read_text()
-    weights = load_file(tmp_path / "net.safetensors")
-    (tmp_path / "net.safetensors").unlink()
-    _train(tmp_path)
-    assert "resumed at step 4" in capsys.readouterr().out
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-    again = load_file(tmp_path / "net.safetensors")
-    assert all(torch.equal(weights[key], again[key]) for key in weights)
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
-    _train(tmp_path, steps=6, checkpoint_every=2, decay_fraction=0.0)
-    (checkpoint.step_folder(tmp_path, 6) / "optimizer.safetensors").write_bytes(b"cut")
-    _train(tmp_path, steps=8, decay_fraction=0.0)
-    assert "resumed at step 4" in capsys.readouterr().out
-    assert [line["step"] for line in _metrics(tmp_path)] == list(range(1, 9))
+        config(tmp_path, tracker="wandb")
 
 
 def test_warm_start_and_no_average(tmp_path, capsys):
-    _train(tmp_path / "first", ema=0.0)
-    _train(tmp_path / "second", init=str(tmp_path / "first"), ema=0.0, lr=0.0)
+    train(tmp_path / "first", ema=0.0)
+    train(tmp_path / "second", init=str(tmp_path / "first"), ema=0.0, lr=0.0)
     assert "warm start from" in capsys.readouterr().out
     one, two = (load_file(tmp_path / name / "net.safetensors") for name in ("first", "second"))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -356,7 +213,7 @@ def test_frozen_parameters_stay_and_are_exported(tmp_path):
     net = Toy()
     net.enter.requires_grad_(False)
     before = net.enter.weight.clone()
-    _train(tmp_path, net=net, optimizer="muon")
+    train(tmp_path, net=net, optimizer="muon")
     exported = load_file(tmp_path / "net.safetensors")
     assert torch.equal(exported["enter.weight"], before)
     assert "net/enter.weight" not in load_file(checkpoint.latest(tmp_path) / "ema.safetensors")
@@ -364,44 +221,24 @@ def test_frozen_parameters_stay_and_are_exported(tmp_path):
 
 def test_sixteen_bit_masters_and_strays_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fp32 masters"):
-        _train(tmp_path, net=Toy().bfloat16())
+        train(tmp_path, net=Toy().bfloat16())
     objective = Denoise(Toy())
     objective.judge = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="judge.weight of Denoise"):
-        Trainer(_config(tmp_path), objective, ToyBatches())
+        Trainer(config(tmp_path), objective, ToyBatches())
     with pytest.raises(ValueError, match="nothing to train"):
-        _train(tmp_path, net=Toy().requires_grad_(False))
+        train(tmp_path, net=Toy().requires_grad_(False))
 
 
 def test_stop_ends_early_and_saves(tmp_path):
     trainer = Trainer(
-        _config(tmp_path, steps=50, validate_every=5),
+        config(tmp_path, steps=50, validate_every=5),
         Denoise(Toy()),
         ToyBatches(),
         validate=lambda step, networks: trainer.stop() or {"score": 1.0},
     )
     trainer.fit()
     assert trainer.step == 5 and checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 5)
-
-
-def test_a_stream_is_read_from_where_the_run_goes_on(tmp_path):
-    class Streamed(ToyBatches):
-        starts, closed = [], 0
-
-        def stream(self, start):
-            self.starts.append(start)
-            try:
-                while True:
-                    yield self.batch(start)
-                    start += 1
-            finally:
-                type(self).closed += 1
-
-    for steps in (5, 9):
-        _train(tmp_path / "stream", steps=steps, data=Streamed(), decay_fraction=0.0)
-    _train(tmp_path / "plain", steps=9, decay_fraction=0.0)
-    assert Streamed.starts == [0, 5] and Streamed.closed == 2
-    _same_end(tmp_path / "stream", tmp_path / "plain", 9)
 
 
 def test_models_are_exported_as_folders(tmp_path):
@@ -417,69 +254,20 @@ def test_models_are_exported_as_folders(tmp_path):
         def forward(self, x):
             return self.toy(x)
 
-    run = _train(tmp_path, net=Model(width=4), checkpoint_every=2)
+    run = train(tmp_path, net=Model(width=4), checkpoint_every=2)
     again = Model.from_pretrained(run / "net")
     exported = load_file(run / "net.safetensors")
     assert again.config.width == 4
     assert all(torch.equal(value, exported[key]) for key, value in again.state_dict().items())
 
 
-def test_a_save_that_fails_leaves_the_run_usable(tmp_path):
-    _train(tmp_path, steps=4, decay_fraction=0.0)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    try:
-        with pytest.raises(CheckpointError, match="free some disk space"):
-            _train(tmp_path, steps=8, decay_fraction=0.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert checkpoint.latest(tmp_path) == checkpoint.step_folder(tmp_path, 4)
-    _train(tmp_path, steps=8, decay_fraction=0.0)
-
-
-def test_muon_takes_the_block_matrices_only():
-    net = Toy()
-    optimizers = optim.build_optimizers({"net": net}, "muon", weight_decay=0.3)
-    muon = [p for group in optimizers["muon"].param_groups for p in group["params"]]
-    assert [id(p) for p in muon] == [id(block.weight) for block in net.blocks]
-    for group in optimizers["adamw"].param_groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.3) for p in group["params"])
-    total = sum(len(g["params"]) for o in optimizers.values() for g in o.param_groups)
-    assert total == len(list(net.parameters()))
-    with pytest.raises(ValueError, match="use adamw"):
-        optim.build_optimizers({"net": nn.Linear(2, 2)}, "muon")
-
-
-def test_a_network_may_learn_at_a_rate_of_its_own():
-    nets = {"fast": Toy(), "slow": Toy()}
-    optimizers = optim.build_optimizers(nets, "muon", scales={"slow": 0.1})
-    optim.set_lr(optimizers, 0.5)
-    slow = {id(p) for p in nets["slow"].parameters()}
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    assert sum(len(group["params"]) for group in groups) == 2 * len(slow)
-    assert all(group["lr"] == (0.05 if id(p) in slow else 0.5) for group in groups for p in group["params"])
-    with pytest.raises(ValueError, match="lr_scale names text_encoder"):
-        optim.build_optimizers(nets, scales={"text_encoder": 0.1})
-
-
-def test_the_schedule_rises_stays_and_falls():
-    rates = [optim.wsd(step, 100, 10, 0.2) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
-    falls = [a - b for a, b in zip(rates[79:], [*rates[80:], 0.0], strict=True)]
-    assert min(rates) > 0 and falls == pytest.approx([falls[0]] * 21)
-    assert rates[:80] == [optim.wsd(step, 1000, 10, 0.2) for step in range(80)]
-    assert [optim.wsd(step, 5, 0, 0.0) for step in range(5)] == [1.0] * 5
-
-
 @pytest.mark.slow
 def test_compiled_networks_keep_their_names_and_sample_uncompiled(tmp_path):
     shapes = {"on_sample": lambda step, networks: networks["net"](torch.randn(3, 4))}
     for steps in (3, 5):
-        _train(tmp_path, steps=steps, compile=True, sample_every=1, callbacks=shapes)
+        train(tmp_path, steps=steps, compile=True, sample_every=1, callbacks=shapes)
     assert load_file(tmp_path / "net.safetensors").keys() == Toy().state_dict().keys()
-    assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
@@ -487,8 +275,8 @@ def test_compiled_networks_keep_their_names_and_sample_uncompiled(tmp_path):
 def test_compiled_losses_are_the_eager_ones(tmp_path, compiled):
     def losses(folder, **changes):
         torch.manual_seed(0)
-        Trainer(_config(folder, **changes), Restore("transformer"), ToyBatches()).fit()
-        return [(m["loss"], m["grad_norm"]) for m in _metrics(folder)]
+        Trainer(config(folder, **changes), Restore("transformer"), ToyBatches()).fit()
+        return [(m["loss"], m["grad_norm"]) for m in metrics(folder)]
 
     eager, fast = losses(tmp_path / "eager"), losses(tmp_path / "fast", compile=compiled)
     for one, two in zip(eager, fast, strict=True):
@@ -505,6 +293,6 @@ def test_two_ranks_learn_as_one(tmp_path):
             [*command, f"trainer.steps={steps}"], capture_output=True, text=True, env=os.environ
         )
         assert done.returncode == 0, done.stderr
-    lines = _metrics(tmp_path)
+    lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 10)) and lines[-1]["samples"] == 72
     assert json.loads((tmp_path / "environment.json").read_text())["processes"] == 2

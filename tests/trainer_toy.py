@@ -1,11 +1,15 @@
-"""A tiny run that the trainer's tests start as a process: python tests/trainer_toy.py [key=value ...]."""
+"""A tiny run of the trainer's tests, in their process or as one: python tests/trainer_toy.py [key=value ...]."""
 
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusionfm import checkpoint
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.trainer import Trainer, TrainerConfig
 from diffusionfm.transformer import DiffusionTransformer
@@ -107,6 +111,33 @@ class ToyBatches:
         batch = {"x": torch.stack([torch.randn(4, generator=draw) for draw in draws])}
         batch["latent"] = torch.stack([torch.randn(4, 4, 4, generator=draw) for draw in draws])
         return batch | {"key": [f"{step}-{i}" for i in self.places]}
+
+
+def config(folder: Path, **changes) -> TrainerConfig:
+    """Four quick steps, with changes."""
+    given = {"steps": 4, "batch_size": 8, "lr": 1e-2, "warmup": 3, "device": "cpu", "precision": "fp32"}
+    return TrainerConfig(output_dir=str(folder), **given | {"tracker": "none"} | changes)
+
+
+def train(folder: Path, net: nn.Module | None = None, data=None, callbacks=None, **changes) -> Path:
+    """Train a Toy from seed 0; the same call goes on."""
+    torch.manual_seed(0)
+    objective = Denoise(net or Toy())
+    return Trainer(config(folder, **changes), objective, data or ToyBatches(), **callbacks or {}).fit()
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Every step's line."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_end(a: Path, b: Path, steps: int) -> None:
+    """Two runs of so many steps left the same weights and losses, bit for bit."""
+    for name in ("net", "ema", "optimizer"):
+        one, two = (load_file(checkpoint.step_folder(run, steps) / f"{name}.safetensors") for run in (a, b))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+    trace = [[(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in metrics(run)] for run in (a, b)]
+    assert trace[0] == trace[1] and [row[0] for row in trace[0]] == list(range(1, steps + 1))
 
 
 def main() -> None:

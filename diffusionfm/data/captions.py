@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffusionfm.checks import check_prompt
+
 FILE_COLUMNS = ("file_name", "image", "file", "filename", "path", "image_file_name")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 CHOICES = ("refuse", "name", "folder", "trigger", "skip")
@@ -46,13 +48,19 @@ def replace_captions(folder: Path, captions: dict[str, str]) -> None:
 
 
 def text_beside(folder: Path, picture: Path) -> str:
-    """What the .txt of a picture's name says, on one line; "" without one. ValueError for a link to the outside."""
+    """What the .txt of a picture's name says, on one line; "" without one.
+
+    ValueError for a link to the outside, and for what is no text."""
     path = picture.with_suffix(".txt")
     if not path.is_file():
         return ""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path.name} is a link that leads outside the folder")
-    return " ".join(path.read_text(encoding="utf-8-sig").split())
+    return _caption(_read_text(path), path.name)
+
+
+def _caption(text: str, what: str) -> str:
+    return " ".join(check_prompt(text, what).split())
 
 
 def caption_for(name: str, choice: str) -> str:
@@ -99,7 +107,7 @@ def _pair(folder: Path, path: Path, line: int, row: dict[str, Any]) -> tuple[str
     if not isinstance(caption, str):
         raise ValueError(f"{where}: the caption must be text")
     inner = path.parent.relative_to(folder).as_posix()
-    return plain_name(folder, name, where, inner), " ".join(caption.split())
+    return plain_name(folder, name, where, inner), _caption(caption, f"{where}: the caption")
 
 
 def plain_name(folder: Path, name: str, where: str, inner: str = ".") -> str:
@@ -134,7 +142,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         yield from ((reader.line_num, row) for row in reader)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; save it as a plain CSV") from None
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}; save it as a plain CSV") from None
 
 
 def _read_text(path: Path) -> str:

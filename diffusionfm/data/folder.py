@@ -186,7 +186,7 @@ def scan(
         try:
             digest, picture = _look(folder, name, table, seen, name in heldout)
         except DECODE_ERRORS as error:
-            report.unreadable.append((name, str(error).replace(str(folder / name), name)))
+            report.unreadable.append((name, str(error).replace(f"{folder}{os.sep}", "")))
             continue
         if picture is None:
             report.duplicates.append((name, seen[digest]))

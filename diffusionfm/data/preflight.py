@@ -91,7 +91,8 @@ class Preflight:
             shapes = _counts(self.shapes, "{count} {name}")
             small = f", {self.enlarged} enlarged" if self.enlarged else ""
             lines.append(
-                f"sizes: {smallest} to {largest}, half of them up to {median}; {shapes}, each padded to a square{small}"
+                f"sizes: {smallest} to {largest}, half of them up to {median}; {shapes}, padded to squares with "
+                f"transparency, nothing cropped{small}"
             )
             lines.append(f"background: {self.transparent} transparent, {self.opaque} opaque")
         if self.languages:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusionfm.checkpoint import writing
 from diffusionfm.finetune.methods import Adapting
 from diffusionfm.finetune.pictures import Sample, collate
 from diffusionfm.images import contact_sheet, save_png
@@ -62,7 +63,8 @@ class Judge:
         pairs = zip(self.base_pictures, pictures, strict=True)
         labels = [label for prompt in self.prompts for label in (prompt, f"step {step}")]
         both = [picture for pair in pairs for picture in pair]
-        save_png(contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL), file)
+        with writing(file):
+            save_png(contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL), file)
 
     def draw_best(self) -> None:
         """Draw the best step too, unless that was drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.checkpoint import write_json, write_weights, writing
 from diffusionfm.data.captions import TRIGGER
 from diffusionfm.data.folder import FolderDataset, preflight, square
 from diffusionfm.data.order import Order
@@ -75,10 +76,11 @@ def look_only(folder: Path, size: int, captions: str, shown_as: str) -> tuple[Pr
 
 def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> None:
     """preflight.json, and preflight.png where there is a picture to show."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / PREFLIGHT, report.as_dict())
-    if shown:
-        save_png(preflight_sheet(shown), out / SHEET)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PREFLIGHT, report.as_dict())
+        if shown:
+            save_png(preflight_sheet(shown), out / SHEET)
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -168,17 +170,45 @@ def sheet_prompts(samples: list[Sample]) -> list[str]:
 # ---- what the base model draws ---------------------------------------------------------------------------------
 
 
+def class_prompts(samples: list[Sample], trigger: str) -> list[str]:
+    """The captions without the trigger, or without "of" it, each once: what they say of the subject's class."""
+    word = re.compile(rf"(\bof )?(?<!\w){re.escape(trigger)}(?!\w)\W*", re.IGNORECASE)
+    said = [word.sub("", caption).strip() for sample in samples for caption in sample["captions"]]
+    return list(dict.fromkeys(filter(None, said))) if trigger else []
+
+
+def own_prompts(cfg: FinetuneConfig, classes: list[str]) -> tuple[list[str], list[str]]:
+    """(to measure forgetting by, to keep in training): own_prompts, and of `class_prompts` about as many.
+
+    Without the class among them, whatever is like the subject becomes the subject (DreamBooth, arXiv:2208.12242)."""
+    own, count = cfg.own_prompts, cfg.prior_pictures if cfg.prior else 0
+    half = count // 2 if classes else 0
+    of_class = [classes[k * len(classes) // half] for k in range(half)]
+    kept = [own[k % len(own)] for k in range(count - half)]
+    return own + classes[:: -(-len(classes) // len(own)) or 1], kept + of_class
+
+
 def own_pictures(
-    pipe: DiffusionFMPipeline, cfg: FinetuneConfig, known: dict[str, Tensor] | None, say: Say
+    pipe: DiffusionFMPipeline,
+    cfg: FinetuneConfig,
+    train: list[Sample],
+    known: dict[str, Tensor] | None,
+    say: Say,
 ) -> tuple[list[Sample], list[Sample]]:
     """(to measure forgetting by, to keep in training): pictures that the base model draws of its own prompts.
 
-    known: their latents as a session before kept them, so that a run goes on with the same ones."""
-    count = cfg.prior_pictures if cfg.prior else 0
-    prompts = cfg.own_prompts + [cfg.own_prompts[k % len(cfg.own_prompts)] for k in range(count)]
-    seeds = [0] * len(cfg.own_prompts) + [PRIOR_SEED + k for k in range(count)]
-    if known is None:
-        say(f"drawing {len(prompts)} pictures of the model's own prompts, to see what it forgets")
+    train: whose captions tell the subject's class. known: the latents as a session before kept them, so that a run
+    goes on with the same ones."""
+    classes = class_prompts(train, cfg.trigger)
+    measured, kept = own_prompts(cfg, classes)
+    prompts, seeds = measured + kept, [0] * len(measured) + [PRIOR_SEED + k for k in range(len(kept))]
+    if known is None or len(known["latent"]) != len(prompts):
+        more = f" and of {classes[0]!r} and the like" if classes else ""
+        say(f"drawing {len(prompts)} pictures of the model's own prompts{more}, to see what it forgets")
+        if cfg.trigger and kept and not classes:
+            say(
+                f"no caption names what {cfg.trigger} is: say 'a dog of {TRIGGER}', or every dog may become it"
+            )
         size = pipe.defaults["height"]
         latents = to_latents(pipe, [_pixels(p, size) for p in pipe(prompts, seed=seeds).images])
     else:
@@ -187,7 +217,7 @@ def own_pictures(
         {"key": f"own/{k:04d}", "latent": latent, "captions": [prompt], "heldout": False}
         for k, (prompt, latent) in enumerate(zip(prompts, latents, strict=True))
     ]
-    return samples[: len(cfg.own_prompts)], samples[len(cfg.own_prompts) :]
+    return samples[: len(measured)], samples[len(measured) :]
 
 
 def keep_own(out: Path, own: list[Sample], prior: list[Sample]) -> None:

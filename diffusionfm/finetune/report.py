@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from diffusionfm.checkpoint import writing
 from diffusionfm.config import as_dict
 from diffusionfm.data.preflight import Preflight
 from diffusionfm.finetune.settings import SHEET, FinetuneConfig
@@ -142,7 +143,8 @@ def write_report(
         _table(_flat(as_dict(cfg))),
     ]
     page = _PAGE.format(title=escape(f"Fine-tuning: {out.name}"), body="\n".join(body))
-    write_atomic(out / REPORT, page.encode("utf-8", "replace"))
+    with writing(out / REPORT):
+        write_atomic(out / REPORT, page.encode("utf-8", "replace"))
 
 
 def _curves(lines: Sequence[dict[str, Any]], held_out: bool) -> dict[str, Curve]:

@@ -192,7 +192,7 @@ class Session:
         self.out = Path(cfg.trainer.output_dir)
         self.objective = build(pipe, cfg)
         train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
-        own, prior = self._own_pictures(pipe)
+        own, prior = self._own_pictures(pipe, train)
         where = f"{len(self.held_out)} pictures held out"
         where = where if self.held_out else "the training pictures, too few to hold some out"
         more = f" and {len(prior)} of the model's own" if prior else ""
@@ -216,12 +216,14 @@ class Session:
         if self.main:
             self._begin(own, prior)
 
-    def _own_pictures(self, pipe: DiffusionFMPipeline) -> tuple[list[Sample], list[Sample]]:
+    def _own_pictures(
+        self, pipe: DiffusionFMPipeline, train: list[Sample]
+    ) -> tuple[list[Sample], list[Sample]]:
         """What the base model draws of its own prompts, or drew when the run began."""
         file = self.out / pictures.OWN
         kept = load_file(file) if file.is_file() else None
         with self.objective.base():
-            return pictures.own_pictures(pipe, self.cfg, kept, self.say)
+            return pictures.own_pictures(pipe, self.cfg, train, kept, self.say)
 
     def _begin(self, own: list[Sample], prior: list[Sample]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fine-tune on three real sets that the shipped model never saw: grids of before and after, and the losses.
+"""Fine-tune on three real sets that the shipped model never saw: grids of before and after, losses, rules.
 
 python tests/benchmarks/finetune_sets.py --out runs/finetune-sets [--set freehand] [--steps 300]
 
@@ -7,7 +7,9 @@ smile: one character in 32 moods, by DiceBear's Big Smile (CC-BY-4.0, Ashley Seo
 duotone: an icon family, 36 of Phosphor's duotone icons (MIT), in purple.
 
 Each package is fetched by npm once; `smile` runs node. A set becomes a folder of PNG and .txt files, is fine-tuned with
-the laptop preset, and draws prompts that are not in it: OUT/NAME/{pictures,lora,grid.png}, and OUT/results.json.
+the laptop preset, and draws prompts that are not in it: OUT/NAME/{pictures,lora,grid.png}, all of them in OUT/grid.png.
+What it cost: the scorecard's rules (colours, transparency, counting, places, pairs), by the same prompts and seeds in
+bf16 before and after. OUT/results.json holds every number; a set run by itself joins those that are there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import show
 from PIL import Image
 
 from diffusionfm.checkpoint import write_json
@@ -30,12 +33,18 @@ from diffusionfm.data.icons.fetch import Package, fetch
 from diffusionfm.data.icons.names import Words
 from diffusionfm.data.icons.render import inked, render
 from diffusionfm.data.icons.sources import Drawing
-from diffusionfm.finetune import RECORD, configure, run
+from diffusionfm.evaluate import scorecard
+from diffusionfm.evaluate.lines import Figure, rule_figures
+from diffusionfm.evaluate.protocol import Item, rule_items, spread
+from diffusionfm.evaluate.rules import LINES, SAMPLES
+from diffusionfm.finetune import RECORD, configure, load_preset, run
 from diffusionfm.images import contact_sheet, save_png
 from diffusionfm.phrasing import article
 from diffusionfm.pipeline import DiffusionFMPipeline
 
 SIZE = 256
+CELL = 192  # pixels a picture in the grids
+A_STEP, A_PICTURE = 1.2, 0.3  # seconds, of two CPU cores
 ICONIFY = Package("npm", "@iconify/json", "2.2.535")
 DICEBEAR = [Package("npm", f"@dicebear/{name}", "9.4.3") for name in ("core", "big-smile")]
 FREEHAND = (  # noqa: SIM905, one list, read as one
@@ -160,32 +169,90 @@ def write_pictures(pictures: Pictures, folder: Path) -> int:
     return len(made)
 
 
-def grid(model: str | None, lora: Path, prompts: list[str], out: Path) -> None:
+def opened(model: str | None, lora: Path | None = None, dtype: str = "auto") -> DiffusionFMPipeline:
+    """The model, with the LoRA if there is one."""
+    pipe = DiffusionFMPipeline.from_pretrained(model, dtype=dtype)
+    if lora is not None:
+        pipe.load_lora(lora)
+    return pipe
+
+
+def grid(model: str | None, lora: Path, name: str, prompts: list[str], out: Path) -> None:
     """Prompts drawn by the model (upper row) and with the LoRA (lower row), one seed."""
-    images, labels = [], []
-    for name in ("model", "adapted"):
-        pipe = DiffusionFMPipeline.from_pretrained(model)
-        if name == "adapted":
-            pipe.load_lora(lora)
-        images += pipe(prompts, seed=0).images
-        labels += prompts if name == "model" else ["adapted"] * len(prompts)
-    save_png(contact_sheet(images, labels, columns=len(prompts), cell=192), out)
+    images = [
+        picture for pipe in (opened(model), opened(model, lora)) for picture in pipe(prompts, seed=0).images
+    ]
+    labels = [*prompts, *[f"{name}, adapted"] * len(prompts)]
+    save_png(contact_sheet(images, labels, columns=len(prompts), cell=CELL), out)
+
+
+def stack(files: list[Path], out: Path) -> None:
+    """The grids of several sets, one below the other, in 128 colours: a third of the bytes."""
+    grids = [Image.open(file).convert("RGB") for file in files]
+    sheet = Image.new("RGB", (max(g.width for g in grids), sum(g.height for g in grids)), "white")
+    for k, picture in enumerate(grids):
+        sheet.paste(picture, (0, sum(g.height for g in grids[:k])))
+    sheet.quantize(128, dither=Image.Dither.NONE).save(out, optimize=True)
+
+
+def rule_items_of(count: int) -> list[Item]:
+    """So many prompts of each of the scorecard's lines of rules, with the scorecard's seeds."""
+    lines = [rule_items(line, 1000 * k) for k, line in enumerate(LINES)]
+    return [item for items in lines for item in spread(items, count)]
+
+
+def rules_of(pipe: DiffusionFMPipeline, items: list[Item], name: str) -> dict[str, Figure]:
+    """Rule -> the share of its pictures that keep it, as the scorecard draws and judges them."""
+    began = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        if done % 80 == 0 or done == total:
+            print(
+                f"{name}: {done} of {total} pictures for the rules, {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+
+    return rule_figures(items, scorecard.draw(pipe, items, progress))
+
+
+def compare(base: dict[str, Figure], adapted: dict[str, Figure]) -> dict[str, Figure]:
+    """Rule -> both shares, and by how many percentage points the adapted model's is higher."""
+    return {
+        rule: {
+            "base": base[rule],
+            "adapted": adapted[rule],
+            "points": round(100 * (adapted[rule]["share"] - base[rule]["share"]), 1),
+        }
+        for rule in base
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/finetune-sets"))
     parser.add_argument(
-        "--set", choices=SETS, action="append", help="which (default all); may be given several times"
+        "--set", choices=SETS, action="append", help="which; may be given several times; without it all"
     )
-    parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="training steps; without it the preset's")
+    parser.add_argument("--prior", type=float, default=1.0, help="weight of the model's own pictures")
     parser.add_argument(
-        "--prior", type=float, default=1.0, help="weight of the model's own pictures (default 1)"
+        "--rules", type=int, default=120, help=f"prompts of each line of rules, 0 to {SAMPLES}; 0 draws none"
     )
-    parser.add_argument("--model", help="pipeline folder to start from (default: the shipped model)")
+    parser.add_argument("--model", help="pipeline folder to start from; without it the shipped model")
     args = parser.parse_args()
-    results = {}
-    for name in args.set or SETS:
+    if not 0 <= args.rules <= SAMPLES:
+        parser.error(f"--rules is from 0 to {SAMPLES}, not {args.rules}")
+    names, items = args.set or list(SETS), rule_items_of(args.rules)
+    steps = args.steps or load_preset("laptop").trainer.steps
+    seconds = len(names) * steps * A_STEP + (len(names) + 1) * len(items) * A_PICTURE
+    print(f"{len(names)} sets of {steps} steps, {len(items)} pictures for the rules before and after each:")
+    print(f"about {seconds / 60:.0f} minutes on two CPU cores", flush=True)
+    base = rules_of(opened(args.model, dtype="bfloat16"), items, "model")
+    known = args.out / "results.json"
+    results = read_json(known) if known.is_file() else {}
+    for name in names:
         chosen, folder = SETS[name], args.out / name
         count = write_pictures(chosen.pictures(), folder / "pictures")
         began = time.monotonic()
@@ -197,16 +264,28 @@ def main() -> None:
         )  # fmt: skip
         minutes = (time.monotonic() - began) / 60
         prompts = [prompt.replace("[trigger]", chosen.trigger) for prompt in chosen.prompts]
-        grid(args.model, lora, prompts, folder / "grid.png")
+        grid(args.model, lora, name, prompts, folder / "grid.png")
+        grids = [args.out / other / "grid.png" for other in SETS]
+        stack([file for file in grids if file.is_file()], args.out / "grid.png")
         record = read_json(lora / RECORD)
         results[name] = {
             "pictures": count,
             "minutes": round(minutes, 2),
             **record["ended"],
             **record["results"],
+            "rules": compare(base, rules_of(opened(args.model, lora, "bfloat16"), items, name)),
         }
-        write_json(args.out / "results.json", results)
-        print(json.dumps({name: results[name]}, indent=1))
+        write_json(known, results)
+        print(
+            json.dumps({name: {key: results[name][key] for key in results[name] if key != "rules"}}, indent=1)
+        )
+    show(
+        [
+            {"set": name, "rule": rule, "of": line["base"]["of"], "model (%)": 100 * line["base"]["share"],
+             "adapted (%)": 100 * line["adapted"]["share"], "points": line["points"]}
+            for name in names for rule, line in results[name]["rules"].items()
+        ]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
