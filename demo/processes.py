@@ -58,16 +58,26 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def end(folder: Path, number: int = signal.SIGTERM) -> None:
+def end(folder: Path) -> None:
     """Ask the process that holds a folder's lock to stop, and see to it that it does."""
     if not is_locked(folder):
         return
+    process = (folder / PID).read_text()
+    _signal(process, signal.SIGTERM)
+    timer = threading.Timer(PATIENCE, _insist, [folder, process])
+    timer.daemon = True
+    timer.start()
+
+
+def _insist(folder: Path, process: str) -> None:
+    """Kill the process, if it is still the one that holds the folder's lock: its successor was not meant."""
+    if is_locked(folder) and (folder / PID).read_text() == process:
+        _signal(process, signal.SIGKILL)
+
+
+def _signal(process: str, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(int((folder / PID).read_text()), number)  # it leads a session of its own
-    if number != signal.SIGKILL:
-        timer = threading.Timer(PATIENCE, end, [folder, signal.SIGKILL])
-        timer.daemon = True
-        timer.start()
+        os.killpg(int(process), number)  # it leads a session of its own
 
 
 def is_locked(folder: Path) -> bool:

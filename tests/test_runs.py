@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -115,6 +116,30 @@ def test_who_does_not_listen_is_killed(lane, sleeper, monkeypatch):
         time.sleep(0.02)
     lane.stop(run)
     assert until(lane, run, "stopped", seconds=20)
+
+
+def test_who_was_asked_to_stop_is_killed_and_not_who_took_up_the_run(lane, sleeper, monkeypatch):
+    timers = []
+
+    def timer(seconds, act, given):
+        timers.append(lambda: act(*given))
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(processes, "threading", SimpleNamespace(Timer=timer))
+    run = lane.new(new_person(), "batch", "1")
+    lane.start(run, [["echo up; exec sleep 100"]])
+    while not run.said:
+        time.sleep(0.02)
+    lane.stop(run)
+    until(lane, run, "stopped")
+    lane.start(run, [["echo again; exec sleep 100"]])
+    while run.said != "again":
+        time.sleep(0.02)
+    timers[0]()  # the patience with the first has an end
+    assert lane.state(run).word == "running"
+    processes._signal((run.folder / processes.PID).read_text(), 0)  # it lives
+    lane.stop(run)
+    until(lane, run, "stopped")
 
 
 def test_a_run_that_outlives_its_studio_is_seen_stopped_and_not_begun_twice(tmp_path, sleeper):
