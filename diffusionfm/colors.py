@@ -24,6 +24,10 @@ COLORS: dict[str, str] = {
     "white": "#ffffff",
 }
 """Colour word -> sRGB value. Drawn backgrounds and inks use exactly these values."""
+PALE = {"white", "beige", "peach", "mint", "lavender", "sky blue"}
+"""Colours for grounds alone: a drawing in one of them would hardly be seen."""
+INKS = tuple(word for word in COLORS if word not in PALE)
+"""Colours a drawing of one colour may have."""
 
 
 def rgb(word: str) -> tuple[int, int, int]:

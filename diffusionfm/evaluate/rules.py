@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 from PIL import Image
 
-from diffusionfm.colors import COLORS
+from diffusionfm.colors import INKS
 from diffusionfm.evaluate.masks import WORDS, color_words, colored, drawn, pieces, ring, shape_word
 from diffusionfm.outlines import OUTLINES
 from diffusionfm.phrasing import article, on_background
@@ -28,8 +28,6 @@ THINGS = (
     "cat", "dog", "star", "heart", "house", "tree", "car", "apple", "fish", "flower", "rocket", "guitar",
     "crown", "umbrella", "ghost", "robot", "key", "bell", "book", "cup",
 )  # fmt: skip
-PALE = {"white", "beige", "peach", "mint", "lavender", "sky blue"}  # grounds alone, in the corpus
-INKS = tuple(word for word in COLORS if word not in PALE)
 ALIKE = ({"red", "orange"}, {"red", "pink"}, {"orange", "yellow"}, {"purple", "pink"}, {"blue", "purple"})
 PAIRED = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 PAIRS = tuple(pair for pair in permutations(PAIRED, 2) if {*pair} not in ALIKE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffusionfm.colors import COLORS, rgb
+from diffusionfm.colors import COLORS, INKS, rgb
 from diffusionfm.data.icons.names import Words
 from diffusionfm.data.icons.sources import share
 from diffusionfm.phrasing import article, on_background
@@ -46,9 +46,7 @@ def captions(
 
 def pick_ink(key: str, rng: np.random.Generator) -> str:
     """The ink of a one-colour drawing: black for a third, else any colour dark or strong enough to see."""
-    inks = [
-        c for c in COLORS if c not in {"white", "beige", "peach", "mint", "lavender", "sky blue", "black"}
-    ]
+    inks = [c for c in INKS if c != "black"]
     return "black" if share(f"ink:{key}") < 0.33 else str(rng.choice(inks))
 
 

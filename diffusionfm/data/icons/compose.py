@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusionfm.colors import COLORS, rgb
+from diffusionfm.colors import COLORS, INKS, rgb
 from diffusionfm.data.icons.captions import pick_background
 from diffusionfm.data.icons.render import clear_hidden, edge_color, inked, on_color
 from diffusionfm.outlines import OUTLINES
@@ -23,7 +23,6 @@ from diffusionfm.phrasing import article, on_background, plural
 
 SOURCE = "composed"
 NUMBERS = ("one", "two", "three", "four")
-INKS = tuple(c for c in COLORS if c not in {"white", "beige", "peach", "mint", "lavender", "sky blue"})
 RELATIONS = {  # words, the words seen from the other thing, direction of the first from the second
     "left of": (("left of", "to the left of"), ("right of", "to the right of"), (-1, 0)),
     "right of": (("right of", "to the right of"), ("left of", "to the left of"), (1, 0)),
