@@ -24,6 +24,15 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are native to the device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it, float32 elsewhere: on a CPU pictures then agree whatever the batch."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

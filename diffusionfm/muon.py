@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffusionfm.runtime import has_fast_bf16
+from diffusionfm.devices import has_fast_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusionfm import cost, gpus, runtime
+from diffusionfm import cost, gpus
 from diffusionfm.checks import check_safetensors, read_json
 from diffusionfm.data.buckets import pictures_of
+from diffusionfm.devices import has_fast_bf16
 from diffusionfm.features import EMPTY_PROMPT
 from diffusionfm.gpus import ACHIEVED, GIB, GPUS, MACHINE, Gpu
 from diffusionfm.objectives import FlowMatching
@@ -88,7 +89,7 @@ def predict(cfg: Any, count: int, gpu: str, batch: int | None = None) -> Plan:
     notes: list[str] = []
     shapes = shapes_of(cfg, count, batch, notes)
     bf16 = cfg.trainer.precision == "bf16" or (
-        cfg.trainer.precision == "auto" and (kind != "cpu" or runtime.has_fast_bf16(torch.device("cpu")))
+        cfg.trainer.precision == "auto" and (kind != "cpu" or has_fast_bf16(torch.device("cpu")))
     )
     step = trace_step(
         lambda: build(cfg, shapes, kernel="auto" if kind == "cpu" else "sdpa"),

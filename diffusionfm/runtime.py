@@ -1,4 +1,4 @@
-"""What a training loop stands on: step seeds, bf16 or not, the pieces of a batch, signals."""
+"""What a training loop stands on: step seeds, the pieces of a batch, signals."""
 
 import atexit
 import hashlib
@@ -19,15 +19,6 @@ Batch = dict[str, Any]
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step on one rank, so that no random state needs saving."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are native to the device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
 
 def finite(value: float) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffusionfm import checkpoint, cost, ema, guard, optim, resume, runtime
 from diffusionfm.checkpoint import write_json
+from diffusionfm.devices import has_fast_bf16
 from diffusionfm.runlog import RunLog, check_tracker
 from diffusionfm.runtime import Batch
 from diffusionfm.settings import TrainerConfig
@@ -84,9 +85,7 @@ class Trainer:
         self.fingerprint = getattr(data, "fingerprint", None)
         if cfg.device not in ("auto", self.device.type):
             raise ValueError(f"trainer.device={cfg.device} is not there, but {self.device.type} is")
-        self.bf16 = cfg.precision == "bf16" or (
-            cfg.precision == "auto" and runtime.has_fast_bf16(self.device)
-        )
+        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_fast_bf16(self.device))
         self.networks: Networks = objective.networks()  # type: ignore[operator]
         self.parameters = optim.trainable(self.networks, objective)
         self.step, self.samples, self.seconds, self.joules = 0, 0, 0.0, 0.0

@@ -139,7 +139,7 @@ import math
 import torch, torch.distributed as dist
 from diffusionfm.cost import count_flops
 from diffusionfm.muon import Muon, orthogonal
-from diffusionfm.runtime import has_fast_bf16
+from diffusionfm.devices import has_fast_bf16
 
 dist.init_process_group("gloo")
 draw = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import DataConfig, latent_batches
-from diffusionfm.devices import pick_device
+from diffusionfm.devices import has_fast_bf16, parse_dtype, pick_device
 from diffusionfm.distill import teacher_path
 from diffusionfm.images import write_atomic
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -24,7 +24,7 @@ class PathsConfig:
     """Keys of a run. `data` is what the model was trained on: its captions are the prompts.
 
     model: pipeline folder, null for the shipped one. count: paths to make, 4 strides of each at `strides: 4`.
-    steps, guidance: how the teacher draws. dtype: bfloat16 is several times faster where the processor has it.
+    steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor has it, else float32.
     """
 
     output_dir: str = "runs/icons/paths"
@@ -36,7 +36,7 @@ class PathsConfig:
     steps: int = 20
     guidance: float = 4.0
     seed: int = 1_000_000
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "auto"
 
 
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device))
         model = weights_hash(pipe.transformer)
-        pipe.transformer.to(getattr(torch, cfg.dtype))
+        fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
+        pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
         batches = latent_batches(cfg.data, weights_hash(pipe.vae), cfg.batch_size, cfg.seed)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):

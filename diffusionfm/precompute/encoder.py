@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.data.training import stack_pixels
+from diffusionfm.devices import has_fast_bf16
 from diffusionfm.encoders import load_text, load_vae
 from diffusionfm.features import join_captions
 from diffusionfm.text import encode_prompts
@@ -80,7 +81,7 @@ class Encoder:
         for size in dict.fromkeys(s["picture"].size for s in samples):
             rows = [i for i, s in enumerate(samples) if s["picture"].size == size]
             pictures = stack_pixels([samples[i] for i in rows]).to(self.device).float() / 255
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=has_fast_bf16(self.device)):
                 latents = self.vae.encode(pictures)
             found |= dict(zip(rows, self._stored(latents), strict=True))
         return [found[i] for i in range(len(samples))]

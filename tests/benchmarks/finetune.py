@@ -25,11 +25,11 @@ from peft import LoraConfig
 
 from diffusionfm import flow
 from diffusionfm.data.order import Batches
+from diffusionfm.devices import has_fast_bf16
 from diffusionfm.finetune import FinetuneConfig
 from diffusionfm.finetune.methods import build
 from diffusionfm.finetune.pictures import Sample, collate
 from diffusionfm.pipeline import DiffusionFMPipeline
-from diffusionfm.runtime import has_fast_bf16
 from diffusionfm.text import encode_prompts
 from diffusionfm.trainer import Trainer
 
