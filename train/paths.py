@@ -24,7 +24,8 @@ class PathsConfig:
     """Keys of a run. `data` is what the model was trained on: its captions are the prompts.
 
     model: pipeline folder, null for the shipped one. count: paths to make, 4 strides of each at `strides: 4`.
-    steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor has it, else float32.
+    steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor
+    has it, else float32.
     """
 
     output_dir: str = "runs/icons/paths"
