@@ -23,6 +23,7 @@ from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.gate import Gate
+from diffusionfm.serve.memory import settle
 from diffusionfm.serve.models import Models
 from diffusionfm.serve.safety import Safety
 
@@ -216,6 +217,7 @@ def main(
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # stop what is under way, as Ctrl+C does
     try:
         launch(studio, offered, port, open_browser, access)
+        settle()
         if access is not None and access.shared and not studio.share_url:
             raise ValueError(
                 "no share link could be made: it needs the network, and a program that Gradio fetches"

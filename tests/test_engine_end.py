@@ -152,3 +152,17 @@ def test_nothing_is_kept_of_what_was_drawn(engine):
         gc.collect()
         time.sleep(0.01)
     assert pictures() is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_cycles_are_collected_while_it_serves(engine, seconds):
+    """A job, its pictures and its future are a cycle: with the automatic collector off, only the engine frees them."""
+    engine._tidy.seconds = seconds
+    gc.disable()
+    try:
+        kept = weakref.ref(engine.submit(Request("fish", steps=2)).result(60))
+        for _ in range(3):  # the first of them is delivered before the engine is done with the one above
+            engine.submit(Request("fish", steps=2)).result(60)
+        assert (kept() is None) == (seconds == 0.0)
+    finally:
+        gc.enable()

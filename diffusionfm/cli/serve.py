@@ -58,9 +58,11 @@ def serve(args: argparse.Namespace) -> int:
 def _run(models: Any, access: Any, listener: Any, log_prompts: bool) -> None:
     from diffusionfm.serve import logs
     from diffusionfm.serve.api import Service
+    from diffusionfm.serve.memory import settle
     from diffusionfm.serve.server import serve
 
     logs.to_stderr()
+    settle()
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     with models:

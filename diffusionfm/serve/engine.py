@@ -26,6 +26,7 @@ from diffusionfm.checks import check_settings
 from diffusionfm.drawing import BATCH_SIZE, OnStep, Pictures, plan_tasks
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
+from diffusionfm.serve.memory import Tidy
 from diffusionfm.serve.safety import Safety
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe
@@ -60,6 +61,7 @@ class Engine:
         self._fields: dict[Group, tuple[list[Picture], flow.VelocityFn]] = {}
         self._words: dict[Loras, dict[str, Tensor]] = {}
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._tidy = Tidy()
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
@@ -357,6 +359,7 @@ class Engine:
             return self._fail(job, error)
         if self._settle(job, "pictures"):
             job.future.set_result(drawn.result())
+        self._tidy()
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._settle(job, "failed"):
