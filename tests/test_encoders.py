@@ -17,6 +17,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline, build_pipeline
 from diffusionfm.text import encode_prompts, truncated_words
 from diffusionfm.transformer import DiffusionTransformer
 from tests.photo_toys import CAPTIONS, write_text, write_tokenizer, write_vae
+from tests.serving import all_near
 
 TEXTS, VAES = ("t5", "qwen3", "clip"), ("sdxl", "flux", "dcae")
 
@@ -179,9 +180,8 @@ def test_a_pipeline_draws_with_them_and_comes_back_from_disk(shelf, tmp_path, va
     pipe.save_pretrained(tmp_path / "pipe")
     again = DiffusionFMPipeline.from_pretrained(tmp_path / "pipe")
     assert again.fingerprint() == pipe.fingerprint()
-    assert [p.tobytes() for p in again(["two dogs", "a red circle"], seed=1).images] == [
-        p.tobytes() for p in first
-    ]
+    # the same weights at other places in memory: matrix kernels that go by alignment may round the last bit otherwise
+    assert all_near(again(["two dogs", "a red circle"], seed=1).images, first)
 
 
 def test_sizes_that_an_autoencoder_cannot_make_are_refused(shelf, tmp_path):
