@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps; without it the preset's")
     parser.add_argument("--prior", type=float, default=1.0, help="weight of the model's own pictures")
     parser.add_argument(
-        "--rules", type=int, default=60, help=f"prompts of each line of rules, 0 to {SAMPLES}; 0 draws none"
+        "--rules", type=int, default=120, help=f"prompts of each line of rules, 0 to {SAMPLES}; 0 draws none"
     )
     parser.add_argument("--model", help="pipeline folder to start from; without it the shipped model")
     args = parser.parse_args()
