@@ -37,6 +37,11 @@ def denoised(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return x - _beside(t, x) * v
 
 
+def implied_noise(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """The estimate of the noise that a velocity implies: x_t + (1 - t) v."""
+    return x + (1 - _beside(t, x)) * v
+
+
 # ---- times -----------------------------------------------------------------------------------------------
 
 

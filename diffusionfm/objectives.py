@@ -314,8 +314,15 @@ class FlowMatching(nn.Module):
         self.shapes = x0.shape[1:], text.shape[1:]
         t = flow.sample_times(len(x0), **self.times).to(x0.device)
         noise = torch.randn(x0.shape).to(x0.device)
+        x0, noise = self.ends(batch, x0, noise, t, text, mask)
         error = self.error(x0, noise, t, text, mask)
         return error.mean(), by_time(error.detach(), t)
+
+    def ends(
+        self, batch: dict, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The latents and the noise that each sample's straight path joins; here those of the data."""
+        return x0, noise
 
     def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Text features (b, l, d) and mask (b, l) of captions; only a tuned text encoder gets gradients."""

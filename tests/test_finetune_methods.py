@@ -22,7 +22,7 @@ from diffusionfm.cli.training import METHODS, PRESETS
 from diffusionfm.data.captions import CHOICES
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, load_preset, run, settings
 from diffusionfm.finetune.methods import Best, build
-from diffusionfm.finetune.pictures import class_prompts, mixture, own_prompts, with_trigger
+from diffusionfm.finetune.pictures import class_prompts, collate, mixture, own_prompts, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
@@ -149,7 +149,7 @@ def test_a_subject_with_a_trigger_and_prior_pictures(tiny_model, tmp_path):
     assert "4 pictures to train on and 3 of the model's own" in text
     assert json.loads((out / RECORD).read_text())["trigger"] == "zkw"
     assert "own prompts and of 'a photo' and the like" in text
-    assert load_file(out / "own.safetensors")["latent"].shape[0] == 12 + 1 + 3
+    assert load_file(out / "own.safetensors")["latent"].shape[0] == len(cfg.own_prompts) + 1 + 3
     with pytest.raises(ValueError, match="begun with trigger zkw, not abc"):
         cfg.trigger = "abc"
         run(cfg, say=said.append)
@@ -187,6 +187,31 @@ def test_a_subject_whose_captions_name_no_class_is_told_so(tiny_model, tmp_path)
     subject = SHORT | {"steps": 1, "captions": "trigger", "trigger": "zkw"}
     finetune(folder, tmp_path / "out", model=tiny_model, prior=1.0, say=said.append, **subject)
     assert any("no caption names what zkw is: say 'a dog of [trigger]'" in line for line in said)
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_the_model_s_own_pictures_train_towards_what_it_says_of_them(method, tiny_model):
+    """An adapter that changes nothing has no loss on them; one that does has, and the others' loss is no other."""
+    cfg = FinetuneConfig(method=method, rank=2, objective={"prompt_dropout": 0.0})
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
+    objective = build(pipe, cfg)
+    torch.manual_seed(1)
+    latents = torch.randn(4, *pipe.vae.encode(torch.rand(1, 4, 32, 32)).shape[1:])
+    samples = [
+        {"key": f"{k}", "latent": latent, "captions": ["a red apple"], "own": True}
+        for k, latent in enumerate(latents)
+    ]
+
+    def loss(own: int) -> float:
+        torch.manual_seed(2)
+        mine = [sample | {"own": k < own} for k, sample in enumerate(samples)]
+        return objective(collate(mine))[0].item()
+
+    plain = loss(0)
+    assert loss(4) < 1e-9 * plain and loss(2) < plain
+    for weight in objective.weights.values():
+        weight.data += 0.1 * torch.randn_like(weight)
+    assert loss(4) > 1e-4 * plain and loss(0) != loss(4)
 
 
 def test_prior_pictures_come_as_often_as_their_weight():

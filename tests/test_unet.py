@@ -60,7 +60,7 @@ def test_padding_changes_nothing(model):
     junk = torch.where(mask[..., None], text, 100.0)
     longer = torch.cat([junk, torch.full((3, 7, 16), -50.0)], 1)
     torch.testing.assert_close(
-        model(x, t, longer, F.pad(mask, (0, 7), value=False)), model(x, t, text, mask), atol=1e-5, rtol=1e-5
+        model(x, t, longer, F.pad(mask, (0, 7), value=False)), model(x, t, text, mask), atol=1e-4, rtol=1e-4
     )
 
 
@@ -84,7 +84,7 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     together = model(*batch)
     for i in range(3):
         alone = model(*(value[i : i + 1] for value in batch))
-        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_cached_text_gives_the_same_picture(model):

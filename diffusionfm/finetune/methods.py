@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from diffusionfm import lora
+from diffusionfm import flow, lora
 from diffusionfm.checkpoint import replace_folder, write_json, write_weights
 from diffusionfm.finetune.settings import FinetuneConfig
 from diffusionfm.objectives import FlowMatching
@@ -100,6 +100,23 @@ class Adapting(FlowMatching):
             self.tokenizer, self.text_encoder, captions, multiple=self.text_multiple
         )
         return text, mask
+
+    def ends(
+        self, batch: dict, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The model's own pictures train towards what the base model says of them, not towards the pictures.
+
+        That is what the base model knows, less the noise of single samples (learning without forgetting,
+        arXiv:1606.09282). A text encoder that is trained makes the base model's answer another; then they stay."""
+        own = batch["own"].nonzero().flatten()
+        if self.reads or not len(own):
+            return x0, noise
+        x, at = flow.interpolate(x0[own], noise[own], t[own]), t[own]
+        with torch.no_grad(), self.base():
+            v = self.denoiser(x, at, text[own], mask[own]).float()
+        ends = (x0, flow.denoised(x, at, v)), (noise, flow.implied_noise(x, at, v))
+        x0, noise = (given.index_copy(0, own, told) for given, told in ends)
+        return x0, noise
 
     def compile_networks(self) -> None:
         """Compile the denoiser, adapter and all."""

@@ -26,7 +26,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.text import truncated_words
 
 Say = Callable[[str], object]
-Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"
+Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
 
 MAX_HELD_OUT = 64
 SHEET_PROMPTS = 4
@@ -154,11 +154,12 @@ def hold_out(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sampl
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
-    """Samples -> {"key": [...], "latent" (b, c, y, x), "caption": [...]}, one caption chosen for each."""
+    """Samples -> {"key": [...], "latent" (b, c, y, x), "caption": [...], "own" (b,)}, one caption chosen for each."""
     return {
         "key": [s["key"] for s in samples],
         "latent": torch.stack([s["latent"] for s in samples]),
         "caption": [choose_caption(s["captions"], s.get("draw", 0)) for s in samples],
+        "own": torch.tensor([s.get("own", False) for s in samples]),
     }
 
 
@@ -214,7 +215,7 @@ def own_pictures(
     else:
         latents = known["latent"]
     samples = [
-        {"key": f"own/{k:04d}", "latent": latent, "captions": [prompt], "heldout": False}
+        {"key": f"own/{k:04d}", "latent": latent, "captions": [prompt], "heldout": False, "own": True}
         for k, (prompt, latent) in enumerate(zip(prompts, latents, strict=True))
     ]
     return samples[: len(measured)], samples[len(measured) :]

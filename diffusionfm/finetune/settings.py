@@ -21,10 +21,14 @@ RECORD = "finetune.json"
 PREFLIGHT, SHEET = "preflight.json", "preflight.png"
 MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_LR, MAX_PRIOR = 100_000, 256, 1024, 0.1, 10.0
 MAX_PROMPTS = 64
-# What any model may be asked for: forgetting is measured, and prior pictures are drawn, with these.
+# What any model may be asked for, things and scenes by turns: forgetting is measured, and prior pictures are drawn,
+# with these. No scene is a prompt of the scorecard.
 OWN_PROMPTS = (  # noqa: SIM905, prompts read best as one line
-    "a red heart, a smiling face, a cat, a dog, a tree, a house, a car, an apple, a star, a flower, "
-    "a pizza, a crown"
+    "a smiling face, a red star left of a blue square, a cat, two houses, a dog, a yellow circle above a green heart, "
+    "a tree, three red cars, a house, a green square right of an orange heart, a car, a cat on a mint background, "
+    "an apple, a blue heart below a yellow square, a star, four flowers, a flower, a pink square and a yellow star, "
+    "a pizza, an orange star left of a blue triangle, a crown, two cats, a red heart, "
+    "a blue triangle above a yellow heart"
 ).split(", ")
 
 
