@@ -52,10 +52,10 @@ DOODLES = Package("npm", "doodle-icons", "1.1.0")
 PHOSPHOR = Package("npm", "@phosphor-icons/core", "2.1.1")
 DICEBEAR = [Package("npm", f"@dicebear/{name}", "9.4.3") for name in ("core", "big-smile")]
 DOODLE = (  # noqa: SIM905, one list, read as one
-    "Anchor Bag:bag Balloon Basket Bell Bot:robot Bottle Bulb:light_bulb Burger Bus Cake Camera:movie_camera "
+    "Anchor Bag Balloon Basket Bell Bot:robot Bottle Bulb:light_bulb Burger Bus Cake Camera:movie_camera "
     "Candy:candy_cane Clock Cloud Cookie Crown Diamond Egg:fried_egg Fire Flashlight Gift Globe Guitar "
-    "HotAirBalloon:hot_air_balloon IceCream:ice_cream Key Lock MagicWand:magic_wand Microscope Pencil PiggyBank:piggy_bank Pizza Plane Popsicle "
-    "Ship Snowman Sofa Trophy Tv:television"
+    "HotAirBalloon:hot_air_balloon IceCream:ice_cream Key Lock MagicWand:magic_wand Microscope Pencil "
+    "PiggyBank:piggy_bank Pizza Plane Popsicle Ship Snowman Sofa Trophy Tv:television"
 ).split()
 DUOTONE = (  # noqa: SIM905
     "acorn airplane ambulance anchor armchair avocado backpack balloon bed bicycle bird boat bomb bone book bread "
