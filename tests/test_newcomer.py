@@ -1,10 +1,13 @@
-"""What a newcomer does: twenty pictures in a folder, adapted, used in a batch and in the studio, in three commands."""
+"""What a newcomer does: twenty pictures in a folder, adapted, used in a batch and in the studio, in three commands.
+
+They are the README's, with a tiny model and few steps added."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -29,24 +32,21 @@ def post(url: str, **body: object) -> dict:
     return json.load(urllib.request.urlopen(request, timeout=120))
 
 
+def commands() -> list[list[str]]:
+    """The words after `diffusionfm` of the README's three commands for one's own pictures."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your pictures")[1]
+    block = section.split("```bash\n")[1].split("```")[0]
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+
+
 @pytest.mark.slow
 def test_three_commands(tiny_model, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     draw_pictures(tmp_path / "my-pictures", 20)
     model = ["--model", str(tiny_model)]
-    train = [
-        "finetune",
-        "my-pictures",
-        "--out",
-        "my-style",
-        *model,
-        "--steps",
-        "60",
-        "--lr",
-        "0.01",
-        "--quiet",
-    ]
-    assert main(train) == 0
+    train, batch, demo = commands()
+    few = ["--steps", "60", "--lr", "0.01", "--quiet"]
+    assert main([*train, *model, *few]) == 0
     told = capfd.readouterr()
     assert "use it with" in told.out and "step/s" not in told.err and "%|" not in told.err
     page = Path("my-style/report.html").read_text()
@@ -54,10 +54,10 @@ def test_three_commands(tiny_model, tmp_path, monkeypatch, capfd):
     assert base_of(Path("my-style"))[0] == tiny_model.name
 
     Path("rows.txt").write_text("a red circle, my style\na blue circle, my style\n")
-    batch = ["batch", "rows.txt", *model, "--device", "cpu", "--quiet"]
-    assert (
-        main([*batch, "--out", "plain"]) == 0 and main([*batch, "--out", "drawn", "--lora", "my-style"]) == 0
-    )
+    batch += [*model, "--device", "cpu", "--quiet"]
+    assert main(batch) == 0
+    plain = [word for word in batch if word not in ("--lora", "my-style")]
+    assert main([word.replace("drawn", "plain") for word in plain]) == 0
     for line in Path("drawn/manifest.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert record["made_by"]["lora"] == ["my-style:1"]
@@ -67,18 +67,8 @@ def test_three_commands(tiny_model, tmp_path, monkeypatch, capfd):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "diffusionfm.cli",
-        "demo",
-        *model,
-        "--device",
-        "cpu",
-        "--port",
-        str(port),
-    ]
-    with subprocess.Popen([*command, "--lora", "my-style"]) as studio:
+    demo += [*model, "--device", "cpu", "--port", str(port)]
+    with subprocess.Popen([sys.executable, "-m", "diffusionfm.cli", *demo]) as studio:
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(600):
