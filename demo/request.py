@@ -12,7 +12,7 @@ from typing import Any
 from diffusionfm import __version__
 from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
-from diffusionfm.images import encode_png, parse_a1111
+from diffusionfm.images import encode_png
 from diffusionfm.inputs import HANDED_BYTES
 from diffusionfm.phrasing import in_style, on_background
 from diffusionfm.serve.jobs import Request
@@ -87,22 +87,14 @@ def sizes(width: int, height: int, unit: int = 16) -> list[str]:
     return [size_name(*pair) for pair in dict.fromkeys([(width, height), (long, short), (short, long)])]
 
 
-def read_settings(text: str) -> dict[str, Any]:
-    """The settings of a copied text, as controls may hold them: prompt, negative, and what else it says of
-    seed, steps, guidance, width and height."""
-    found = parse_a1111(text[: 4 * MAX_PROMPT])
-    settings: dict[str, Any] = {
-        "prompt": found["prompt"][:MAX_PROMPT],
-        "negative": found.get("negative_prompt", "")[:MAX_PROMPT],
+def in_range(told: dict[str, Any]) -> dict[str, Any]:
+    """What is told of seed, steps and guidance, as the controls can hold it; NaN is left out."""
+    ranges = {"seed": (0, MAX_SEED), "steps": (1, MAX_STEPS), "guidance": (0.0, MAX_GUIDANCE)}
+    return {
+        name: min(max(told[name], least), most)
+        for name, (least, most) in ranges.items()
+        if name in told and told[name] == told[name]
     }
-    for name, least, most in (
-        ("seed", 0, MAX_SEED),
-        ("steps", 1, MAX_STEPS),
-        ("guidance", 0.0, MAX_GUIDANCE),
-    ):
-        if found.get(name) == found.get(name) is not None:  # a guidance may be NaN
-            settings[name] = min(max(found[name], least), most)
-    return settings | {key: found[key] for key in ("width", "height") if key in found}
 
 
 # ------------------------------------------------------------------ files

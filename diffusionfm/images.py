@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -210,6 +211,9 @@ def format_a1111(parameters: dict[str, Any]) -> str:
     settings = [f"{word}: {parameters[key]}" for word, (key, _) in _A1111.items() if key in parameters]
     if "width" in parameters and "height" in parameters:
         settings.insert(min(3, len(settings)), f"Size: {parameters['width']}x{parameters['height']}")
+    if loras := parameters.get("lora"):
+        told = loras if isinstance(loras, str) else ", ".join(map(str, loras))
+        settings.append(f"Lora: {json.dumps(told)}")  # that UI, too, quotes what holds a comma or a colon
     settings.append(f"Version: DiffusionFM {parameters.get('version', '')}".strip())
     return "\n".join([*lines, ", ".join(settings)])
 
@@ -230,6 +234,10 @@ def parse_a1111(text: str) -> dict[str, Any]:
     size = re.search(r"Size: (\d{1,5})x(\d{1,5})", last)
     if size:
         found["width"], found["height"] = int(size[1]), int(size[2])
+    loras = re.search(r'(?:^|, )Lora: ("(?:[^"\\]|\\.)*")', last)
+    if loras:
+        with suppress(ValueError):  # another tool's own way to write one
+            found["lora"] = json.loads(loras[1]).split(", ")
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     found["prompt"] = prompt
     if negative:

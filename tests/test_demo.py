@@ -25,7 +25,7 @@ from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
 from diffusionfm.drawing import Cancelled, Pictures
 from diffusionfm.edit import start_from
-from diffusionfm.images import format_a1111, read_parameters
+from diffusionfm.images import read_parameters
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, QueueFull, Request
 from diffusionfm.serve.models import Models
@@ -93,24 +93,6 @@ def test_progress_says_step_time_and_place():
     assert "left" not in cards.progress(28, 28, 0.0)
     assert "2 drawings of others before yours" in cards.waiting(2)
     assert "1 drawing of others" in cards.waiting(1) and "Starting" in cards.waiting(0)
-
-
-def test_copied_settings_come_back_within_what_the_controls_hold():
-    said = {"prompt": "a cat", "negative_prompt": "dog", "steps": 9, "guidance": 2.5, "seed": 7}
-    text = format_a1111(said | {"width": 160, "height": 96, "version": "1"})
-    found = request.read_settings(text)
-    assert found == {
-        "prompt": "a cat",
-        "negative": "dog",
-        "steps": 9,
-        "guidance": 2.5,
-        "seed": 7,
-        "width": 160,
-        "height": 96,
-    }
-    wild = request.read_settings(f"a cat\nSteps: 900, CFG scale: nan, Seed: {2**60}")
-    assert wild == {"prompt": "a cat", "negative": "", "steps": 100, "seed": request.MAX_SEED}
-    assert request.read_settings("just words") == {"prompt": "just words", "negative": ""}
 
 
 def test_sizes_begin_with_the_model_s_own():

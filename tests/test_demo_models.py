@@ -18,15 +18,15 @@ from conftest import build_tiny_pipeline
 from PIL import Image, ImageDraw
 from serving import near, write_lora
 
-from demo import controls, create, finetune, finetune_controls, grid, models, vary
+from demo import controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
 from demo.editor import CANVAS
 from demo.lane import Lane
 from demo.models import model_picker
 from demo.person import person
-from demo.request import asked_for
+from demo.request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for
 from demo.runs import Runs, new_person
-from diffusionfm.images import read_parameters
+from diffusionfm.images import format_a1111, parse_a1111, read_parameters
 from diffusionfm.lora import BASE_HASH, BASE_NAME
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
@@ -212,3 +212,97 @@ def test_drawing_with_what_was_learned_chooses_its_model(studio, rings):
     }
     train, export = tabs.finetune._commands(draft, settings, lane.models.engine("wide").pipe)
     assert Path(train[train.index("--model") + 1]).name == Path(export[-1]).name == "wide"
+
+
+# ------------------------------------------------------------------ settings come back
+
+
+@pytest.fixture(scope="module")
+def recall(studio):
+    """Settings that were told, back into Create: the update by the ids of its components, and by component."""
+    lane, tabs = studio
+    at = {name: getattr(tabs.create.at, name) for name in restore.CREATE[:-1]} | {
+        "announcer": tabs.create.at.said
+    }
+
+    def recalled(told, person=ME, model="tiny"):
+        new = restore.recall(lane, at, person, model, ["none"] * 4, told)
+        return new | {name: new[part] for name, part in at.items() if part in new}
+
+    return recalled
+
+
+@pytest.mark.parametrize("told_by", [dict, lambda told: parse_a1111(format_a1111(told))])
+def test_what_was_drawn_is_drawn_again_from_what_it_tells(studio, rings, recall, told_by):
+    lane, tabs = studio
+    create_, ticket = lane.pickers["create"], "1" * 32
+    for model, choice, size in (("tiny", rings.key, "32 × 32"), ("wide", "none", "80 × 48")):
+        asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "a fish", 7, False, 3, 2.5, size, 1)
+        list(tabs.create.begin(*asked, ME, model, choice, 0.5, ticket, PAGE))
+        ((first, told),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        new = recall(told_by(told), model="wide" if model == "tiny" else "tiny")
+        assert new["advice"] == "" and new[lane.model.choice] == model
+        again = (new["prompt"], new["style"], new["background"], new["negative"], new["seed"], new["fresh"])
+        again += (new["steps"], new["guidance"], value(new, tabs.create.at.size), 1)
+        worn = value(new, create_.choice), new[create_.weight]
+        list(tabs.create.begin(*again, ME, new[lane.model.choice], *worn, ticket, PAGE))
+        ((second, _),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        assert first.tobytes() == second.tobytes() and f"{first.width} × {first.height}" == size
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"model": "photo"}, "The model 'photo' that drew it is not here"),
+        ({"lora": ["squares:0.5"]}, "The adapter squares:0.5 that drew it cannot be had"),
+        ({"lora": "rings:9"}, "The adapter rings:9 that drew it cannot be had"),
+        ({"lora": ["rings:1", "squares:1"]}, "the adapters rings:1, squares:1, and Create takes one"),
+        ({"lora": ["rings:1"], "model": "wide"}, "The adapter rings:1 that drew it cannot be had"),
+        ({"width": 512, "height": 512}, "512 × 512 pixels is not a size of tiny: 32 × 32 will be drawn"),
+        ({"steps": 400}, "Steps 400 is out of range here: 100 will be drawn"),
+        ({"seed": MAX_SEED + 1}, "Seed 9007199254740992 is out of range"),
+        ({"strength": 0.5}, "drawn from another picture"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_said(studio, rings, recall, told, words):
+    lane, tabs = studio
+    new = recall({"prompt": "a red apple"} | told)
+    assert words in new["advice"].replace("&#x27;", "'") and words[1:] in new["announcer"]
+    assert value(new, lane.pickers["create"].choice) == "none"
+
+
+def test_an_adapter_comes_back_to_its_owner_alone(studio, rings, recall):
+    lane, _ = studio
+    told, choice = {"prompt": "a red apple", "lora": ["rings:0.5"]}, lane.pickers["create"].choice
+    assert value(recall(told), choice) == rings.key
+    stranger = recall(told, new_person())
+    assert value(stranger, choice) == "none" and "cannot be had here" in stranger["advice"]
+
+
+def test_values_are_brought_into_the_range_of_the_controls(studio, recall):
+    wild = {"prompt": "x" * 9000, "seed": -5, "steps": 10**9, "guidance": 1e9, "negative_prompt": "y" * 9000}
+    new = recall(wild)
+    assert len(new["prompt"]) == len(new["negative"]) == MAX_PROMPT
+    assert (new["seed"], new["fresh"], new["steps"], new["guidance"]) == (0, False, MAX_STEPS, MAX_GUIDANCE)
+    for told in ({"prompt": "x", "guidance": float("nan")}, parse_a1111("x\nSteps: 9, CFG scale: nan")):
+        assert "guidance" not in recall(told)
+    assert not {"seed", "fresh", "steps", "guidance", "size"} & set(recall({"prompt": "a"}))
+
+
+def test_restore_and_history_fill_create_and_keep_what_they_chose(pipe, tmp_path):
+    """The page's own events: what is wired to what."""
+    from demo import app
+
+    with Models(Engine(pipe)) as offered:
+        blocks = app.build(offered, Runs(tmp_path))
+        ids = {block.elem_id: block for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
+        for name, event in (("restore-send", "sent"), ("history", "pasted")):
+            (call,) = [
+                fn
+                for fn in blocks.fns.values()
+                if (ids[name]._id, "click") in fn.targets and fn.name == event
+            ]
+            filled = {
+                ids[name] for name in (*restore.CREATE, "model", "adapter", "adapter-weight", "vary-adapter")
+            }
+            assert filled <= set(call.outputs)
