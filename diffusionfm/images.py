@@ -135,6 +135,14 @@ def provenance(parameters: dict[str, Any]) -> str:
     return _RDF.format(source=source, tool=escape(tool))
 
 
+def in_common(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of a sheet of pictures: what all of theirs tell alike, and the greatest strength among them."""
+    first, *others = told
+    common = {name: value for name, value in first.items() if all(it.get(name) == value for it in others)}
+    strengths = [its["strength"] for its in told if "strength" in its]
+    return common | ({"strength": max(strengths)} if strengths else {})
+
+
 def _xmp(parameters: dict[str, Any]) -> str:
     return _XMP.format(rdf=provenance(parameters))
 
