@@ -186,11 +186,10 @@ class Tab:
             raise gr.Error("These pictures are no longer here: draw them again, with the same seed.")
         asked, pictures = drawing.request, drawing.future.result()
         if verb == "zip":
-            return self._hand_over(
-                f"{file_name(asked.prompt)}.zip", "application/zip", zip_of(drawing.model, asked, pictures)
-            )
+            data = zip_of(drawing.model, asked, pictures, self.lane.metadata)
+            return self._hand_over(f"{file_name(asked.prompt)}.zip", "application/zip", data)
         seed = pictures.seeds[int(number)]
-        data = svg(drawing.model, asked, pictures, int(number))
+        data = svg(drawing.model, asked, pictures, int(number), self.lane.metadata)
         return self._hand_over(f"{file_name(asked.prompt, seed)}.svg", "image/svg+xml", data)
 
     def teach(self, event: gr.EventData) -> Update:
@@ -222,7 +221,9 @@ class Tab:
         advice = [*result.warnings, *cards.veiled(result.flagged)]
         return self._ready() | {
             self.at.stage: cards.results(
-                encode(model, asked, result), parameters(model, asked, result), bool(result.flagged)
+                encode(model, asked, result, self.lane.metadata),
+                parameters(model, asked, result),
+                bool(result.flagged),
             ),
             self.at.status: cards.note(told),
             self.at.advice: cards.notes(advice, "warn"),

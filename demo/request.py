@@ -120,24 +120,28 @@ def parameters(model: str, asked: Request, pictures: Pictures) -> list[dict[str,
     ]
 
 
-def encode(model: str, asked: Request, pictures: Pictures) -> list[bytes]:
-    """The pictures as PNG files, alpha kept, each with its parameters inside."""
+def encode(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> list[bytes]:
+    """The pictures as PNG files, alpha kept, each with its parameters inside; with no metadata, nothing but pixels."""
     said = parameters(model, asked, pictures)
-    return [encode_png(image, its) for image, its in zip(pictures.images, said, strict=True)]
+    return [
+        encode_png(image, its if metadata else None) for image, its in zip(pictures.images, said, strict=True)
+    ]
 
 
-def svg(model: str, asked: Request, pictures: Pictures, number: int) -> bytes:
-    """Picture `number`, traced."""
-    return trace(pictures.images[number], parameters=parameters(model, asked, pictures)[number])
+def svg(model: str, asked: Request, pictures: Pictures, number: int, metadata: bool = True) -> bytes:
+    """Picture `number`, traced; metadata: as of `encode`."""
+    said = parameters(model, asked, pictures)[number] if metadata else None
+    return trace(pictures.images[number], parameters=said)
 
 
-def zip_of(model: str, asked: Request, pictures: Pictures) -> bytes:
-    """A ZIP of every picture, as PNG and as SVG."""
+def zip_of(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> bytes:
+    """A ZIP of every picture, as PNG and as SVG; metadata: as of `encode`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for k, (data, seed) in enumerate(zip(encode(model, asked, pictures), pictures.seeds, strict=True)):
+        files = encode(model, asked, pictures, metadata)
+        for k, (data, seed) in enumerate(zip(files, pictures.seeds, strict=True)):
             archive.writestr(f"{file_name(asked.prompt, seed)}.png", data)
-            traced = svg(model, asked, pictures, k)
+            traced = svg(model, asked, pictures, k, metadata)
             archive.writestr(f"{file_name(asked.prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 

@@ -26,7 +26,9 @@ from .request import AS_WRITTEN, MAX_PROMPT, NOTHING, in_range, size_name, sizes
 
 WORDS = {"negative_prompt": "leave out", "lora": "LoRA"}
 STARTED = "it was drawn from another picture, which is not told"
-CREATE = "prompt negative seed fresh steps guidance size style background advice announcer".split()
+CREATE = (
+    "prompt", "negative", "seed", "fresh", "steps", "guidance", "size", "style", "background", "advice", "announcer",
+)  # fmt: skip
 """The components of Create that are filled, by their ids on the page."""
 
 

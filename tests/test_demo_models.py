@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +15,20 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
+import numpy as np
 from conftest import build_tiny_pipeline
 from PIL import Image, ImageDraw
 from serving import near, write_lora
 
-from demo import controls, create, finetune, finetune_controls, grid, models, restore, vary
+from demo import batch, controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
 from demo.editor import CANVAS
-from demo.lane import Lane
+from demo.lane import Failed, Lane
 from demo.models import model_picker
 from demo.person import person
 from demo.request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for
 from demo.runs import Runs, new_person
-from diffusionfm.images import format_a1111, parse_a1111, read_parameters
+from diffusionfm.images import encode_png, format_a1111, parse_a1111, read_parameters
 from diffusionfm.lora import BASE_HASH, BASE_NAME
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
@@ -71,14 +73,18 @@ def rings(studio):
     return run
 
 
+def files_of(stage: str) -> list[bytes]:
+    """The PNG files that a stage offers to download."""
+    return [
+        base64.b64decode(it) for it in re.findall(r'<a href="data:image/png;base64,([^"]+)" download', stage)
+    ]
+
+
 def shown(stage: str) -> list[tuple[Image.Image, dict]]:
     """The pictures of a stage and what their files tell."""
-    files = [
-        base64.b64decode(found)
-        for found in re.findall(r'<img[^>]* src="data:image/png;base64,([^"]+)', stage)
-    ]
     return [
-        (Image.open(io.BytesIO(data)).convert("RGBA"), read_parameters(io.BytesIO(data))) for data in files
+        (Image.open(io.BytesIO(data)).convert("RGBA"), read_parameters(io.BytesIO(data)))
+        for data in files_of(stage)
     ]
 
 
@@ -120,8 +126,9 @@ def test_a_grid_weighs_an_adapter(studio, rings):
     lane, tabs = studio
     asked = ("a red apple", "lora", "0, 1", "none", "", 3, 2, 3.0, "", None, PAGE)
     stage = last(tabs.grid.draw(ME, "tiny", rings.key, 1.0, *asked))[tabs.grid.at.stage]
-    ((sheet, _),) = shown(stage)
+    ((sheet, told),) = shown(stage)
     assert "2 pictures, lora across" in stage and sheet.width > 320
+    assert (told["prompt"], told["seed"], told["model"]) == ("a red apple", 3, "tiny") and "lora" not in told
     with pytest.raises(gr.Error, match="no LoRA is in use"):
         list(tabs.grid.draw(ME, "tiny", "none", 1.0, *asked))
 
@@ -139,6 +146,97 @@ def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):
         with pytest.raises(gr.Error, match="is for the model 'tiny'"):
             list(tab.draw(ME, "wide", rings.key, 1.0, *asked))
     assert lane.models.waiting == 0
+
+
+def test_what_is_not_painted_stays_whichever_model_is_chosen(studio):
+    """A picture as large as the chosen model draws, larger than the first one does."""
+    lane, tabs = studio
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    given = Image.fromarray(noise, "RGBA")
+    for chosen_then in ("tiny", "wide"):  # and chosen after it was given
+        picture = tabs.vary.give(encode_png(given), chosen_then)[tabs.vary.at.picture]
+        layer = Image.new("RGBA", (CANVAS, CANVAS))
+        ImageDraw.Draw(layer).rectangle((0, 0, 127, 127), fill="red")
+        asked = (picture, {"layers": [layer]}, "x", "", 0.0, 5, False, 1, 2, 3.0, PAGE)
+        ((drawn, _),) = shown(last(tabs.vary.draw(ME, "wide", "none", 1.0, *asked))[tabs.vary.at.stage])
+        assert drawn.crop((0, 20, 64, 64)).tobytes() == given.crop((0, 20, 64, 64)).tobytes()
+        assert drawn.tobytes() != given.tobytes()
+
+
+def test_a_given_picture_has_the_model_s_shape_and_no_more_pixels_than_a_page_keeps():
+    assert vary.shaped(Image.new("RGBA", (40, 20), "red"), 32, 32).getbbox() == (0, 10, 40, 30)
+    assert vary.shaped(Image.new("RGBA", (9, 3)), 160, 96).size == (9, 5)
+    assert vary.shaped(Image.new("RGBA", (5000, 3000)), 32, 32).size == (vary.MOST_SIDE,) * 2
+
+
+def drawings(tabs) -> list:
+    """(tab, its drawing) of each that draws, with the first model."""
+    asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "", 7, False, 2, 3.0, "", 1)
+    tabs.create.begin(*asked, ME, "tiny", "none", 1.0, TICKET, PAGE)
+    varied = (PICTURE, None, "a red apple", "", 0.5, 5, False, 1, 2, 3.0, PAGE)
+    gridded = ("a red apple", "seed", "0", "none", "", 3, 2, 3.0, "", None, PAGE)
+    return [
+        (tabs.create, tabs.create.draw(TICKET, PAGE)),
+        (tabs.vary, tabs.vary.draw(ME, "tiny", "none", 1.0, *varied)),
+        (tabs.grid, tabs.grid.draw(ME, "tiny", "none", 1.0, *gridded)),
+    ]
+
+
+def test_a_drawing_that_breaks_off_is_told_without_internals(studio, monkeypatch):
+    lane, tabs = studio
+
+    def broken(batch):
+        raise RuntimeError("CUDA error: /root/secret")
+
+    monkeypatch.setattr(lane.models.first, "_advance", broken)
+    for _, drawing in drawings(tabs):
+        with pytest.raises(
+            gr.Error, match="could not be drawn: try a smaller size or fewer pictures"
+        ) as caught:
+            list(drawing)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(Failed):  # of the endpoint for programs
+        lane.result("page", asked_for("a red apple", "", 1, 2, 3.0, 1))
+
+
+def test_every_file_that_is_handed_out_says_what_it_is(studio):
+    _, tabs = studio
+    kinds = ("/trainedAlgorithmicMedia", "/compositeWithTrainedAlgorithmicMedia", "/trainedAlgorithmicMedia")
+    for (tab, drawing), kind in zip(drawings(tabs), kinds, strict=True):
+        (file,) = files_of(last(drawing)[tab.at.stage])
+        with Image.open(io.BytesIO(file)) as picture:
+            assert kind in picture.info["XML:com.adobe.xmp"]
+            assert picture.info["parameters"].startswith("a red apple\nSteps: 2")
+
+
+def test_no_metadata_leaves_nothing_in_what_is_handed_out(studio, monkeypatch):
+    lane, tabs = studio
+    monkeypatch.setattr(lane, "metadata", False)
+    for tab, drawing in drawings(tabs):
+        (file,) = files_of(last(drawing)[tab.at.stage])
+        with Image.open(io.BytesIO(file)) as picture:
+            assert not picture.info
+    for verb in ("svg 0", "zip"):
+        parcel = tabs.create.act(TICKET, SimpleNamespace(value=verb), PAGE)[tabs.create.at.parcel]
+        data = base64.b64decode(parcel[1].partition(",")[2])
+        if verb == "zip":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = b"".join(map(archive.read, archive.namelist()))
+        assert not [word for word in (b"apple", b"metadata", b"DiffusionFM", b"xmp") if word in data]
+    settings = {
+        "repeats": 1,
+        "seed": 0,
+        "format": "png",
+        "to": "folder",
+        "adapter": "none",
+        "weight": 1,
+        "model": None,
+    }
+    run = lane.runs.new(ME, "batch", "x")
+    assert "--no-metadata" in batch.Tab._command(
+        SimpleNamespace(lane=lane), ME, run, Path("rows.txt"), settings
+    )
+    lane.runs.delete(run)
 
 
 # ------------------------------------------------------------------ models
