@@ -13,7 +13,7 @@ pytest.importorskip("gradio")
 import gradio as gr
 from PIL import Image
 
-from demo import cards, restore, shelf
+from demo import cards, grid, restore, runcards, shelf
 from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
 from demo.lane import Lane
 from demo.vary import HOW_FAR
@@ -130,12 +130,18 @@ def test_the_picker_goes_from_subtle_to_anew():
 BAD = '<img src=x onerror="alert(1)">'
 
 
-def test_nothing_from_a_file_becomes_markup():
+def test_nothing_from_a_file_becomes_markup(tmp_path):
+    file = tmp_path / "sheet.png"
+    file.write_bytes(png())
     for html in (
         restore.tell(png(), {"prompt": BAD, "model": BAD, "lora": [BAD]}, ["icons"]),
         shelf.shelf([png()], [BAD], [7], take="Vary this"),
         cards.empty(BAD, BAD),
         cards.note(BAD),
+        runcards.lines(BAD, [BAD], [BAD]),
+        runcards.pictures([(BAD, png())]),
+        runcards.sheet(file, BAD),
+        grid._figure(png(), BAD, "sheet", flagged=True),
     ):
         assert "<img src=x" not in html and "&lt;img" in html
 
