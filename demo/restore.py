@@ -36,7 +36,7 @@ def restore(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks. The tabs that draw must be laid out before: they are filled from here."""
     root = gr.context.Context.root_block
     assert root is not None
-    on_page: dict[str, Any] = {
+    on_page: dict[Any, Any] = {
         block.elem_id: block for block in root.blocks.values() if getattr(block, "elem_id", None)
     }
     at = {name: on_page[name] for name in CREATE}
