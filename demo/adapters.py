@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,16 @@ def chosen(
     return Adapter(run.facts["name"], run.out, float(weight), public=False)
 
 
+def find(lane: Lane, person: str, name: str, pipe: DiffusionFMPipeline) -> str | None:
+    """The choice that the file of a picture calls `name`, the latest of several; None without one for `pipe`."""
+    for _, choice in choices(lane, person):
+        with suppress(ValueError):  # it is for another model
+            adapter = chosen(lane, person, choice, 1.0, pipe)
+            if adapter and name in (_told(adapter), adapter.source.name):  # the second is what a batch tells
+                return choice
+    return None
+
+
 def wear(lane: Lane, engine: Engine, person: str, choice: str | None, weight: float) -> Loras:
     """What a request asks an engine for, so that it draws with what was chosen. Raises as `chosen` and `put_on`."""
     return put_on(engine, chosen(lane, person, choice, weight, engine.pipe))
@@ -118,12 +129,15 @@ def put_on(engine: Engine, adapter: Adapter | None) -> Loras:
     if adapter.public:
         return ((adapter.name, adapter.weight),)
     content = (adapter.source / WEIGHTS).read_bytes()
-    told = re.sub(
-        r"[^a-zA-Z0-9 _-]", "-", adapter.name
-    )  # what files of pictures say; the rest nobody guesses
-    name = f"{told}+{hashlib.sha256(str(adapter.source).encode() + content).hexdigest()}"
+    secret = hashlib.sha256(str(adapter.source).encode() + content).hexdigest()  # which nobody guesses
+    name = f"{_told(adapter)}+{secret}"
     engine.add_lora(adapter.source, name)
     return ((name, adapter.weight),)
+
+
+def _told(adapter: Adapter) -> str:
+    """Its name as files of pictures say it."""
+    return re.sub(r"[^a-zA-Z0-9 _-]", "-", adapter.name)
 
 
 def _is_done(out: Path) -> bool:

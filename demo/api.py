@@ -45,8 +45,8 @@ def generate_endpoint(lane: Lane) -> None:
             result = lane.result(owner_of(request), asked)
         except REFUSED as error:
             raise gr.Error(str(error)) from error
-        files = []
-        for data, number in zip(encode(lane.pipe.model_name, asked, result), result.seeds, strict=True):
+        files, made = [], encode(lane.pipe.model_name, asked, result, lane.metadata)
+        for data, number in zip(made, result.seeds, strict=True):
             folder = f"{pictures.GRADIO_CACHE}/{uuid.uuid4().hex}"  # a name that tells nobody what was drawn before
             path = save_bytes_to_cache(data, f"{number}.png", folder)
             pictures.temp_files.add(path)

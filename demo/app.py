@@ -19,6 +19,7 @@ from gradio.utils import get_upload_folder
 
 from diffusionfm.devices import pick_device
 from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.serve import logs
 from diffusionfm.serve.access import Access
 from diffusionfm.serve.api import Service
 from diffusionfm.serve.engine import Engine
@@ -129,10 +130,12 @@ async def _fetch_nothing(url: str, cache_dir: str) -> str:
     raise ValueError("addresses are not fetched: upload the file")
 
 
-def build(models: Models, runs: Runs | None = None) -> gr.Blocks:
-    """The page around some models, and around the long runs that people begin. Serve it with `launch`."""
+def build(models: Models, runs: Runs | None = None, metadata: bool = True) -> gr.Blocks:
+    """The page around some models, and around the long runs that people begin. Serve it with `launch`.
+
+    metadata: whether the pictures that people take away tell how they were made."""
     seal()
-    lane = Lane(models, runs)
+    lane = Lane(models, runs, metadata)
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
         lane.person, lane.model, lane.pickers = person(studio), model_picker(lane), pickers(lane)
         with gr.Tabs(elem_id="tabs"):
@@ -150,16 +153,22 @@ def build(models: Models, runs: Runs | None = None) -> gr.Blocks:
 
 
 def launch(
-    studio: gr.Blocks, models: Models, port: int, inbrowser: bool = False, access: Access | None = None
+    studio: gr.Blocks,
+    models: Models,
+    port: int,
+    inbrowser: bool = False,
+    access: Access | None = None,
+    log_prompts: bool = False,
 ) -> None:
     """Serve the page, and the API beside it, from a thread, dressed and locked down.
 
-    access: who may come in, and where it listens; else everyone on this machine may, on 127.0.0.1.
+    access: who may come in, and where it listens; else everyone on this machine may, on 127.0.0.1. log_prompts: whether
+    the API's log holds prompts.
     """
     access = access or Access()
     if access.shared:
         os.environ["FORWARDED_ALLOW_IPS"] = HOST  # the tunnel's end, which says who asks
-    service = Service(models, access)
+    service = Service(models, access, log_prompts)
     own = [route.path.partition("{")[0] for route in service.routes()]
 
     folder = Path(get_upload_folder()).resolve()
@@ -197,6 +206,8 @@ def main(
     lora_any: bool = False,
     runs: Path = ROOT,
     models: Mapping[str, Path] | None = None,
+    metadata: bool = True,
+    log_prompts: bool = False,
 ) -> None:
     """Load a model folder (None: the shipped one) and serve the studio until interrupted.
 
@@ -204,6 +215,7 @@ def main(
     done about prompts that the list of words flags.
     loras: (folder or file, scale) of those that everyone is offered; lora_any: also such as were trained on another
     model. runs: the folder for what people fine-tune and draw in batches. models: further ones to choose from, by name.
+    metadata, log_prompts: as of `build` and `launch`.
     Raises ValueError for a model that cannot be loaded, an absent device, or a port in use.
     """
     if not 0 <= port < 65536:
@@ -213,10 +225,10 @@ def main(
         if word := pipe.load_lora(source, scale, lora_any):
             print(f"note: {word}", flush=True)
     offered, keeper = Models(Engine(pipe, safety=safety), models), Runs(runs)
-    studio = build(offered, keeper)
+    studio = build(offered, keeper, metadata)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # stop what is under way, as Ctrl+C does
     try:
-        launch(studio, offered, port, open_browser, access)
+        launch(studio, offered, port, open_browser, access, log_prompts)
         settle()
         if access is not None and access.shared and not studio.share_url:
             raise ValueError(
@@ -243,4 +255,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--runs", type=Path, default=ROOT, help=f"keeps trainings and batches (default {ROOT})"
     )
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    logs.to_stderr()
+    main(**vars(args))

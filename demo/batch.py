@@ -94,6 +94,7 @@ class Tab(RunTab):
         many, start, device = str(int(repeats)), str(int(seed)), pipe.device.type
         command = ["batch", str(source), "--out", str(run.out), "--n", many, "--seed", start]
         command += ["--format", form, "--to", to, "--model", str(model), "--device", device]
+        command += [] if self.lane.metadata else ["--no-metadata"]
         command += ["--fast"] if pipe.fast else []
         command += ["--dtype", str(pipe.transformer.dtype).removeprefix("torch.")]
         command += ["--lora", f"{worn.source.resolve()}:{worn.weight:g}"] if worn else []

@@ -24,10 +24,8 @@ from .request import (
     encode,
     file_name,
     parameters,
-    read_settings,
     seeds_in_words,
     size_name,
-    sizes,
     svg,
     zip_of,
 )
@@ -70,7 +68,6 @@ def create(lane: Lane) -> None:
     at.stage.click(tab.act, at.ticket, parts, js=TICKET, concurrency_limit=4, **SHOWN).then(
         None, at.parcel, None, js=SAVE, **QUIET
     )
-    at.history.click(tab.restore, lane.model.choice, [*settings, at.said], **QUIET)
     at.lessons.click(tab.teach, None, [at.prompt, at.style, at.background], **QUIET)
 
 
@@ -189,27 +186,11 @@ class Tab:
             raise gr.Error("These pictures are no longer here: draw them again, with the same seed.")
         asked, pictures = drawing.request, drawing.future.result()
         if verb == "zip":
-            return self._hand_over(
-                f"{file_name(asked.prompt)}.zip", "application/zip", zip_of(drawing.model, asked, pictures)
-            )
+            data = zip_of(drawing.model, asked, pictures, self.lane.metadata)
+            return self._hand_over(f"{file_name(asked.prompt)}.zip", "application/zip", data)
         seed = pictures.seeds[int(number)]
-        data = svg(drawing.model, asked, pictures, int(number))
+        data = svg(drawing.model, asked, pictures, int(number), self.lane.metadata)
         return self._hand_over(f"{file_name(asked.prompt, seed)}.svg", "image/svg+xml", data)
-
-    def restore(self, model: str | None, event: gr.EventData) -> Update:
-        """Settings that were pasted or kept in the history go back into the controls."""
-        found = read_settings(str(event.value))
-        update: Update = {self.at.fresh: False} if "seed" in found else {}
-        size = size_name(found.pop("width", 0), found.pop("height", 0))
-        defaults = self.lane.models.engine(model).pipe.defaults
-        if size in sizes(defaults["width"], defaults["height"]):
-            update[self.at.size] = size
-        return update | {
-            **{getattr(self.at, name): value for name, value in found.items()},
-            self.at.style: AS_WRITTEN,
-            self.at.background: NOTHING,
-            self.at.said: f"Settings restored: {found['prompt']}",
-        }
 
     def teach(self, event: gr.EventData) -> Update:
         """An example fills the prompt; the pickers step aside, for its words say it all."""
@@ -240,7 +221,9 @@ class Tab:
         advice = [*result.warnings, *cards.veiled(result.flagged)]
         return self._ready() | {
             self.at.stage: cards.results(
-                encode(model, asked, result), parameters(model, asked, result), bool(result.flagged)
+                encode(model, asked, result, self.lane.metadata),
+                parameters(model, asked, result),
+                bool(result.flagged),
             ),
             self.at.status: cards.note(told),
             self.at.advice: cards.notes(advice, "warn"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +11,7 @@ import gradio as gr
 
 from diffusionfm import sheets
 from diffusionfm.edit import start_from
+from diffusionfm.images import encode_png, in_common
 from diffusionfm.inputs import open_picture
 from diffusionfm.serve.jobs import Request
 
@@ -20,7 +20,7 @@ from .cards import VEIL, data_url, note, veiled
 from .controls import QUIET, actions, easel, tuning
 from .create import roll
 from .lane import REFUSED, Lane, Update, owner_of
-from .request import MAX_PROMPT, MAX_SEED, file_name, small
+from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, small
 from .shelf import DrawTab, Progress, draw_all
 
 NO_AXIS = "none"
@@ -189,10 +189,17 @@ class Tab(DrawTab):
                 facts["lora"] = f"{base['loras'][0][0].partition('+')[0]}:{weight:g}"
             facts = {name: value for name, value in facts.items() if name not in (x, y)}
             sheet = sheets.draw_sheet([drawn.images[0] for drawn in event], across, down, facts)
+            pairs = zip(requests, event, strict=True)
+            said = in_common([parameters(engine.pipe.model_name, *pair)[0] for pair in pairs])
             told = f"{len(requests)} pictures, {x} across" + (f", {y} down" if down else "")
             flagged = [word for drawn in event for word in drawn.flagged]
             yield self.rest() | {
-                self.at.stage: _figure(sheet, told, file_name(f"grid {base['prompt']}"), bool(flagged)),
+                self.at.stage: _figure(
+                    encode_png(sheet, said if self.lane.metadata else None),
+                    told,
+                    file_name(f"grid {base['prompt']}"),
+                    bool(flagged),
+                ),
                 self.at.status: note(" ".join([told, *veiled(flagged)])),
                 self.at.said: " ".join([f"The sheet is drawn: {told}.", *veiled(flagged)]),
             }
@@ -212,10 +219,8 @@ def _requests(cells: list[sheets.Settings], picture: str | None, size: dict[str,
     ]
 
 
-def _figure(sheet: Any, told: str, name: str, flagged: bool) -> str:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    source = data_url(buffer.getvalue())
+def _figure(sheet: bytes, told: str, name: str, flagged: bool) -> str:
+    source = data_url(sheet)
     return (
         f'<figure class="card wide"><div class="veiled"><img class="whole" src="{source}" alt="{escape(told)}">'
         f"{VEIL if flagged else ''}</div><figcaption>"

@@ -31,8 +31,23 @@ LOOK = 0.5
 """Seconds between looks at the place in the queue."""
 Update = dict[Any, Any]
 """What an event gives: new values by component."""
-REFUSED = (ValueError, QueueFull, Closed)
-"""What a drawing that was not taken raises, in words for a person."""
+FAILED = "the picture could not be drawn: try a smaller size or fewer pictures; the studio's log says why"
+
+
+class Failed(Exception):
+    """A drawing broke off, for what only the log tells."""
+
+
+REFUSED = (ValueError, QueueFull, Closed, Failed)
+"""What a drawing that was not taken, or that broke off, raises, in words for a person."""
+
+
+def outcome(drawn: Future[Pictures]) -> Pictures:
+    """The pictures of a drawing, once it has ended. Raises one of REFUSED for whatever the engine raised."""
+    error = drawn.exception()
+    if error is None or isinstance(error, REFUSED):
+        return drawn.result()
+    raise Failed(FAILED) from error  # the engine has logged it
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,11 @@ class Drawing:
 class Lane:
     """Drawings of open pages. Each is known by its owner, so nobody can stop, or see, another's.
 
-    runs: the long ones, trainings and batches. pipe: the first model's, after which pages are laid out."""
+    runs: the long ones, trainings and batches. pipe: the first model's, after which pages are laid out. metadata:
+    whether files of pictures tell how they were made."""
 
-    def __init__(self, models: Models, runs: Runs | None = None):
-        self.models, self.pipe = models, models.first.pipe
+    def __init__(self, models: Models, runs: Runs | None = None, metadata: bool = True):
+        self.models, self.pipe, self.metadata = models, models.first.pipe, metadata
         self.runs = runs or Runs()
         self.person: Any = None  # the component that knows whose page it is
         self.model: Any = None  # the picker of models
@@ -146,7 +162,7 @@ class Lane:
     def watch(self, drawing: Drawing) -> Iterator[Waiting | Step | Pictures]:
         """How it goes, as it goes, and the pictures at last. Who stops looking on stops nothing.
 
-        Whatever the engine raises is raised here, `Cancelled` when the owner cancelled.
+        Raises as `outcome` does, and `Cancelled` when the owner cancelled.
         """
         seen, place, looks = 0, None, -1
         while drawing.ended is None:
@@ -164,7 +180,7 @@ class Lane:
                 place = ahead
                 yield Waiting(ahead)
         try:
-            yield drawing.future.result()
+            yield outcome(drawing.future)
         except CancelledError as error:
             raise Cancelled("stopped") from error
 
@@ -192,7 +208,7 @@ class Lane:
 
     def result(self, owner: str, request: Request) -> Pictures:
         """Draw with the first model, without looking on: the pictures."""
-        return self.models.first.submit(request, owner).result()
+        return outcome(self.models.first.submit(request, owner))
 
     def _sweep(self) -> None:
         """Stop what nobody came back to; forget what ended and nobody looks at, and the oldest of too many."""

@@ -12,7 +12,7 @@ from typing import Any
 from diffusionfm import __version__
 from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
-from diffusionfm.images import encode_png, parse_a1111
+from diffusionfm.images import encode_png
 from diffusionfm.inputs import HANDED_BYTES
 from diffusionfm.phrasing import in_style, on_background
 from diffusionfm.serve.jobs import Request
@@ -87,22 +87,14 @@ def sizes(width: int, height: int, unit: int = 16) -> list[str]:
     return [size_name(*pair) for pair in dict.fromkeys([(width, height), (long, short), (short, long)])]
 
 
-def read_settings(text: str) -> dict[str, Any]:
-    """The settings of a copied text, as controls may hold them: prompt, negative, and what else it says of
-    seed, steps, guidance, width and height."""
-    found = parse_a1111(text[: 4 * MAX_PROMPT])
-    settings: dict[str, Any] = {
-        "prompt": found["prompt"][:MAX_PROMPT],
-        "negative": found.get("negative_prompt", "")[:MAX_PROMPT],
+def in_range(told: dict[str, Any]) -> dict[str, Any]:
+    """What is told of seed, steps and guidance, as the controls can hold it; NaN is left out."""
+    ranges = {"seed": (0, MAX_SEED), "steps": (1, MAX_STEPS), "guidance": (0.0, MAX_GUIDANCE)}
+    return {
+        name: min(max(told[name], least), most)
+        for name, (least, most) in ranges.items()
+        if name in told and told[name] == told[name]
     }
-    for name, least, most in (
-        ("seed", 0, MAX_SEED),
-        ("steps", 1, MAX_STEPS),
-        ("guidance", 0.0, MAX_GUIDANCE),
-    ):
-        if found.get(name) == found.get(name) is not None:  # a guidance may be NaN
-            settings[name] = min(max(found[name], least), most)
-    return settings | {key: found[key] for key in ("width", "height") if key in found}
 
 
 # ------------------------------------------------------------------ files
@@ -128,24 +120,28 @@ def parameters(model: str, asked: Request, pictures: Pictures) -> list[dict[str,
     ]
 
 
-def encode(model: str, asked: Request, pictures: Pictures) -> list[bytes]:
-    """The pictures as PNG files, alpha kept, each with its parameters inside."""
+def encode(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> list[bytes]:
+    """The pictures as PNG files, alpha kept, each with its parameters inside; with no metadata, nothing but pixels."""
     said = parameters(model, asked, pictures)
-    return [encode_png(image, its) for image, its in zip(pictures.images, said, strict=True)]
+    return [
+        encode_png(image, its if metadata else None) for image, its in zip(pictures.images, said, strict=True)
+    ]
 
 
-def svg(model: str, asked: Request, pictures: Pictures, number: int) -> bytes:
-    """Picture `number`, traced."""
-    return trace(pictures.images[number], parameters=parameters(model, asked, pictures)[number])
+def svg(model: str, asked: Request, pictures: Pictures, number: int, metadata: bool = True) -> bytes:
+    """Picture `number`, traced; metadata: as of `encode`."""
+    said = parameters(model, asked, pictures)[number] if metadata else None
+    return trace(pictures.images[number], parameters=said)
 
 
-def zip_of(model: str, asked: Request, pictures: Pictures) -> bytes:
-    """A ZIP of every picture, as PNG and as SVG."""
+def zip_of(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> bytes:
+    """A ZIP of every picture, as PNG and as SVG; metadata: as of `encode`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for k, (data, seed) in enumerate(zip(encode(model, asked, pictures), pictures.seeds, strict=True)):
+        files = encode(model, asked, pictures, metadata)
+        for k, (data, seed) in enumerate(zip(files, pictures.seeds, strict=True)):
             archive.writestr(f"{file_name(asked.prompt, seed)}.png", data)
-            traced = svg(model, asked, pictures, k)
+            traced = svg(model, asked, pictures, k, metadata)
             archive.writestr(f"{file_name(asked.prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm.images import write_atomic
+from diffusionfm.serve.gate import has_room
+from diffusionfm.serve.turns import Turns
 
 from .processes import PATIENCE, Command, begun, end, is_locked
 
 ROOT = Path("runs/studio")
 MOST_RUNS = 40  # that a person may keep
-MOST_WAITING = 20  # of all people
+MOST_WAITING, MOST_WAITING_EACH = 20, 3  # of all people, and of one
+MOST_BYTES = 20 * 2**30  # of all runs of all people
 
 
 def new_person() -> str:
@@ -46,6 +49,11 @@ class Run:
     def key(self) -> str:
         """Its name among a person's runs."""
         return self.folder.name
+
+    @property
+    def person(self) -> str:
+        """Whose it is."""
+        return self.folder.parent.name
 
     @property
     def slug(self) -> str:
@@ -94,11 +102,12 @@ class State:
 
 
 class Runs:
-    """All runs below a folder, and the lane in which one after the other goes."""
+    """All runs below a folder, and the lane in which one after the other goes, people taking turns."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
-        self._waiting: list[Run] = []
+        self._turns, self._now = Turns(), 0.0  # the number of the run that had its turn last
+        self._waiting: dict[Run, float] = {}  # and their numbers, in the order of their coming
         self._current: Run | None = None
         self._is_begun = False
         self._stopped: set[Run] = set()
@@ -109,9 +118,13 @@ class Runs:
     # -------------------------------------------------------------- what there is
 
     def new(self, person: str, kind: str, name: str) -> Run:
-        """A new run of a person. ValueError when they keep too many already."""
+        """A new run of a person. ValueError when they keep too many already, or there is no room on the disk."""
         if len(self.all(person)) >= MOST_RUNS:
             raise ValueError(f"you keep {MOST_RUNS} runs already: delete one that you no longer need")
+        if not has_room(self.root, 0, MOST_BYTES):
+            raise ValueError(
+                "there is no room on the disk for another run: delete one that you no longer need"
+            )
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or kind
         run = Run(self._home(person) / f"{slug}-{secrets.token_hex(4)}")
         run.folder.mkdir(parents=True, mode=0o700)
@@ -150,9 +163,13 @@ class Runs:
                 raise ValueError("it is under way already")
             if len(self._waiting) >= MOST_WAITING:
                 raise ValueError(f"{MOST_WAITING} trainings and batches are waiting: try again later")
+            if sum(other.person == run.person for other in self._waiting) >= MOST_WAITING_EACH:
+                raise ValueError(
+                    f"{MOST_WAITING_EACH} of yours are waiting already: start it once one has its turn"
+                )
             run.keep(commands=commands)
             (run.folder / "state.json").unlink(missing_ok=True)
-            self._waiting.append(run)
+            self._waiting[run] = self._turns.take(run.person, 1.0, self._now)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="runs", daemon=True)
                 self._worker.start()
@@ -162,7 +179,7 @@ class Runs:
         """Stop a run, so that it can be taken up again."""
         with self._changed:
             if run in self._waiting:
-                self._waiting.remove(run)
+                del self._waiting[run]
                 _write(run.folder / "state.json", {"word": "stopped"})
             elif run == self._current:
                 self._stopped.add(run)
@@ -177,7 +194,7 @@ class Runs:
             if run == self._current:
                 return State("running")
             if run in self._waiting:
-                return State("waiting", self._waiting.index(run) + (self._current is not None))
+                return State("waiting", self._in_turn().index(run) + (self._current is not None))
         if is_locked(run.folder):
             return State("running")
         told = _read(run.folder / "state.json").get("word")
@@ -201,6 +218,9 @@ class Runs:
         if self._worker is not None:
             self._worker.join(PATIENCE + 5)
 
+    def _in_turn(self) -> list[Run]:
+        return sorted(self._waiting, key=self._waiting.__getitem__)
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -209,7 +229,8 @@ class Runs:
                     self._changed.wait()
                 if self._closing:
                     return
-                run = self._current = self._waiting.pop(0)
+                run = self._current = self._in_turn()[0]
+                self._now = self._waiting.pop(run)
             try:
                 word = self._go(run)
                 with self._changed:

@@ -19,7 +19,7 @@ from diffusionfm.serve.jobs import Request
 
 from .cards import VEIL, bar, data_url, note
 from .controls import QUIET, SHOWN
-from .lane import AT_ONCE, REFUSED, Lane, Update
+from .lane import AT_ONCE, REFUSED, Lane, Update, outcome
 from .request import file_name
 
 TAKE = """element.addEventListener('click', event => {
@@ -112,7 +112,7 @@ def draw_all(engine: Engine, owner: str, requests: Sequence[Request]) -> Iterato
                 shares[told[0]] = told[1]
             share = sum(shares) / len(shares)
             yield Progress(share, (time.monotonic() - began) * (1 - share) / max(share, 1e-3))
-        yield [future.result() for future in futures]
+        yield [outcome(future) for future in futures]
     except CancelledError as error:
         raise gr.Error("The drawing was stopped.", duration=6) from error
     except REFUSED as error:

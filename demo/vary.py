@@ -28,6 +28,8 @@ HINT = "Others like yours appear here.", "Upload a picture, or take the last one
 AUTO = 0.0
 HOW_FAR = {"auto": AUTO, **VARIATIONS, "anew": 1.0}
 """What the picker offers, and the strength that each stands for; `AUTO` leaves it to the library."""
+MOST_SIDE = 2048
+"""Pixels of the longer side of a picture that a page keeps."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ def vary(lane: Lane) -> None:
     tab.wire([at.draw.click, at.prompt.submit], [*asked, at.steps, at.guidance])
     at.far.input(lambda word: HOW_FAR[word], at.far, at.strength, **QUIET)
     given = [at.picture, at.canvas, at.prompt, at.said]
-    at.upload.upload(tab.upload, at.upload, given, **SHOWN)
-    at.last.click(tab.take, at.url, given, js=LAST, **SHOWN)
-    at.stage.click(tab.take_again, None, given, **SHOWN)
+    model = lane.model.choice
+    at.upload.upload(tab.upload, [at.upload, model], given, **SHOWN)
+    at.last.click(tab.take, [at.url, model], given, js=LAST, **SHOWN)
+    at.stage.click(tab.take_again, model, given, **SHOWN)
 
 
 def lay_out(lane: Lane) -> Controls:
@@ -187,7 +190,7 @@ class Tab(DrawTab):
 
     def _finished(self, model: str, asked: Request, drawn: Pictures) -> Update:
         assert asked.start is not None
-        files = encode(model, asked, drawn)
+        files = encode(model, asked, drawn, self.lane.metadata)
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
         )
@@ -200,19 +203,21 @@ class Tab(DrawTab):
             self.at.said: f"{len(files)} drawn: {told}.",
         }
 
-    def upload(self, file: str) -> Update:
+    def upload(self, file: str, model: str | None) -> Update:
         """`give` an uploaded file."""
         try:
-            return self.give(small(file).read_bytes())
+            return self.give(small(file).read_bytes(), model)
         except ValueError as error:
             raise gr.Error(str(error), title="Too large", duration=10) from error
 
-    def give(self, data: bytes) -> Update:
-        """A picture to set out from, fitted; the prompt that its file tells; a fresh canvas to paint on."""
-        defaults = self.lane.pipe.defaults
+    def give(self, data: bytes, model: str | None) -> Update:
+        """A picture to set out from, of the model's shape; the prompt that its file tells; a fresh canvas to paint on.
+
+        It is fitted when it is drawn from, to the model that is chosen then: scaled twice, what stays would change."""
         try:
-            picture = contain(open_picture(data), defaults["width"], defaults["height"])
-        except ValueError as error:
+            size = self.lane.models.engine(model).pipe.defaults
+            picture = shaped(open_picture(data), size["width"], size["height"])
+        except REFUSED as error:
             raise gr.Error(str(error), title="Not a picture that can be read", duration=10) from error
         prompt = prompt_in(data)
         return {
@@ -222,18 +227,25 @@ class Tab(DrawTab):
             self.at.said: f"Picture taken{f': {prompt}' if prompt else ''}.",
         }
 
-    def take(self, url: str | None) -> Update:
+    def take(self, url: str | None, model: str | None) -> Update:
         """`give` a picture of this page."""
         try:
             data = bytes_of(url or "")
         except ValueError as error:
             raise gr.Error(str(error), title="No picture yet", duration=6) from error
-        return self.give(data)
+        return self.give(data, model)
 
-    def take_again(self, event: gr.EventData) -> Update:
+    def take_again(self, event: gr.EventData, model: str | None) -> Update:
         """A result's "Vary this"."""
-        return self.take(str(event.value))
+        return self.take(str(event.value), model)
 
     def clear(self) -> Update:
         """The bare stage, ready for the next drawing."""
         return self.rest() | {self.at.stage: empty(*HINT)}
+
+
+def shaped(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """A picture on a transparent ground of the shape of width x height, in its own pixels, up to MOST_SIDE of them."""
+    scale = max(picture.width / width, picture.height / height)
+    scale = min(scale, MOST_SIDE / max(width, height))
+    return contain(picture, max(1, round(width * scale)), max(1, round(height * scale)))

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,6 +135,14 @@ def provenance(parameters: dict[str, Any]) -> str:
     return _RDF.format(source=source, tool=escape(tool))
 
 
+def in_common(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of a sheet of pictures: what all of theirs tell alike, and the greatest strength among them."""
+    first, *others = told
+    common = {name: value for name, value in first.items() if all(it.get(name) == value for it in others)}
+    strengths = [its["strength"] for its in told if "strength" in its]
+    return common | ({"strength": max(strengths)} if strengths else {})
+
+
 def _xmp(parameters: dict[str, Any]) -> str:
     return _XMP.format(rdf=provenance(parameters))
 
@@ -210,6 +219,9 @@ def format_a1111(parameters: dict[str, Any]) -> str:
     settings = [f"{word}: {parameters[key]}" for word, (key, _) in _A1111.items() if key in parameters]
     if "width" in parameters and "height" in parameters:
         settings.insert(min(3, len(settings)), f"Size: {parameters['width']}x{parameters['height']}")
+    if loras := parameters.get("lora"):
+        told = loras if isinstance(loras, str) else ", ".join(map(str, loras))
+        settings.append(f"Lora: {json.dumps(told)}")  # that UI, too, quotes what holds a comma or a colon
     settings.append(f"Version: DiffusionFM {parameters.get('version', '')}".strip())
     return "\n".join([*lines, ", ".join(settings)])
 
@@ -230,6 +242,10 @@ def parse_a1111(text: str) -> dict[str, Any]:
     size = re.search(r"Size: (\d{1,5})x(\d{1,5})", last)
     if size:
         found["width"], found["height"] = int(size[1]), int(size[2])
+    loras = re.search(r'(?:^|, )Lora: ("(?:[^"\\]|\\.)*")', last)
+    if loras:
+        with suppress(ValueError):  # another tool's own way to write one
+            found["lora"] = json.loads(loras[1]).split(", ")
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     found["prompt"] = prompt
     if negative:

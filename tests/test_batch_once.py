@@ -20,6 +20,7 @@ from diffusionfm.batch.manifest import Manifest, locked
 from diffusionfm.batch.stores import ShardStore
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.report import verify_shards
+from diffusionfm.images import read_parameters
 from tests.batch_toys import ENDS, PROMPTS, check, make, state
 
 # ------------------------------------------------------------------ exactly once
@@ -261,5 +262,16 @@ def test_svg_goes_to_a_folder_and_sheets_show_everything(tiny_pipe, tmp_path):
         make(PROMPTS, tiny_pipe, out, sheets=3, **options)
         assert [path.name for path in (out / "sheets").iterdir()] == ["1.png"]
         with Image.open(out / "sheets" / "1.png") as sheet:
-            assert sheet.width > 5 * 96
+            assert sheet.width > 5 * 96 and "/trainedAlgorithmicMedia" in sheet.info["XML:com.adobe.xmp"]
+        told = read_parameters(out / "sheets" / "1.png")
+        assert (told["model"], told["steps"]) == (tiny_pipe.model_name, 3) and "seed" not in told
         check(out, 5)
+
+
+def test_no_metadata_leaves_nothing_in_pictures_and_sheets(tiny_pipe, tmp_path):
+    make(PROMPTS[:2], tiny_pipe, tmp_path, metadata=False, sheets=1)
+    files = sorted(tmp_path.rglob("*.png"))
+    assert [path.name for path in files].count("1.png") == 1 and len(files) == 3
+    for file in files:
+        with Image.open(file) as bare:
+            assert not bare.info, file

@@ -284,6 +284,32 @@ def test_every_help_has_examples(capsys):
         assert "examples:\n  diffusionfm" in capsys.readouterr().out
 
 
+def test_the_studio_is_told_what_its_files_and_its_log_may_hold(tiny_model, monkeypatch):
+    app = pytest.importorskip("demo.app")
+    from diffusionfm.serve import logs
+
+    seen = {}
+
+    def launch(studio, models, port, inbrowser, access, log_prompts):
+        seen["log_prompts"] = log_prompts
+        raise OSError("enough")
+
+    def build(models, runs, metadata):
+        seen["metadata"] = metadata
+
+    monkeypatch.setattr(app, "build", build)
+    monkeypatch.setattr(app, "launch", launch)
+    monkeypatch.setattr(logs, "to_stderr", lambda: seen.update(logged=True))
+    command = ["demo", "--model", str(tiny_model), "--device", "cpu"]
+    for more, (metadata, log_prompts) in (
+        ([], (True, False)),
+        (["--no-metadata", "--log-prompts"], (False, True)),
+    ):
+        assert main([*command, *more]) == 2
+        assert seen == {"logged": True, "metadata": metadata, "log_prompts": log_prompts}
+        seen.clear()
+
+
 def test_help_version_and_errors_import_nothing_heavy():
     code = "import sys, diffusionfm.cli as c\ntry: c.main({})\nexcept SystemExit: pass\n"
     code += "print([m for m in {} if m in sys.modules])"

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +15,20 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
+import numpy as np
 from conftest import build_tiny_pipeline
 from PIL import Image, ImageDraw
 from serving import near, write_lora
 
-from demo import controls, create, finetune, finetune_controls, grid, models, vary
+from demo import batch, controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
 from demo.editor import CANVAS
-from demo.lane import Lane
+from demo.lane import Failed, Lane
 from demo.models import model_picker
 from demo.person import person
-from demo.request import asked_for
+from demo.request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for
 from demo.runs import Runs, new_person
-from diffusionfm.images import read_parameters
+from diffusionfm.images import encode_png, format_a1111, parse_a1111, read_parameters
 from diffusionfm.lora import BASE_HASH, BASE_NAME
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
@@ -71,14 +73,18 @@ def rings(studio):
     return run
 
 
+def files_of(stage: str) -> list[bytes]:
+    """The PNG files that a stage offers to download."""
+    return [
+        base64.b64decode(it) for it in re.findall(r'<a href="data:image/png;base64,([^"]+)" download', stage)
+    ]
+
+
 def shown(stage: str) -> list[tuple[Image.Image, dict]]:
     """The pictures of a stage and what their files tell."""
-    files = [
-        base64.b64decode(found)
-        for found in re.findall(r'<img[^>]* src="data:image/png;base64,([^"]+)', stage)
-    ]
     return [
-        (Image.open(io.BytesIO(data)).convert("RGBA"), read_parameters(io.BytesIO(data))) for data in files
+        (Image.open(io.BytesIO(data)).convert("RGBA"), read_parameters(io.BytesIO(data)))
+        for data in files_of(stage)
     ]
 
 
@@ -120,8 +126,9 @@ def test_a_grid_weighs_an_adapter(studio, rings):
     lane, tabs = studio
     asked = ("a red apple", "lora", "0, 1", "none", "", 3, 2, 3.0, "", None, PAGE)
     stage = last(tabs.grid.draw(ME, "tiny", rings.key, 1.0, *asked))[tabs.grid.at.stage]
-    ((sheet, _),) = shown(stage)
+    ((sheet, told),) = shown(stage)
     assert "2 pictures, lora across" in stage and sheet.width > 320
+    assert (told["prompt"], told["seed"], told["model"]) == ("a red apple", 3, "tiny") and "lora" not in told
     with pytest.raises(gr.Error, match="no LoRA is in use"):
         list(tabs.grid.draw(ME, "tiny", "none", 1.0, *asked))
 
@@ -139,6 +146,97 @@ def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):
         with pytest.raises(gr.Error, match="is for the model 'tiny'"):
             list(tab.draw(ME, "wide", rings.key, 1.0, *asked))
     assert lane.models.waiting == 0
+
+
+def test_what_is_not_painted_stays_whichever_model_is_chosen(studio):
+    """A picture as large as the chosen model draws, larger than the first one does."""
+    lane, tabs = studio
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    given = Image.fromarray(noise, "RGBA")
+    for chosen_then in ("tiny", "wide"):  # and chosen after it was given
+        picture = tabs.vary.give(encode_png(given), chosen_then)[tabs.vary.at.picture]
+        layer = Image.new("RGBA", (CANVAS, CANVAS))
+        ImageDraw.Draw(layer).rectangle((0, 0, 127, 127), fill="red")
+        asked = (picture, {"layers": [layer]}, "x", "", 0.0, 5, False, 1, 2, 3.0, PAGE)
+        ((drawn, _),) = shown(last(tabs.vary.draw(ME, "wide", "none", 1.0, *asked))[tabs.vary.at.stage])
+        assert drawn.crop((0, 20, 64, 64)).tobytes() == given.crop((0, 20, 64, 64)).tobytes()
+        assert drawn.tobytes() != given.tobytes()
+
+
+def test_a_given_picture_has_the_model_s_shape_and_no_more_pixels_than_a_page_keeps():
+    assert vary.shaped(Image.new("RGBA", (40, 20), "red"), 32, 32).getbbox() == (0, 10, 40, 30)
+    assert vary.shaped(Image.new("RGBA", (9, 3)), 160, 96).size == (9, 5)
+    assert vary.shaped(Image.new("RGBA", (5000, 3000)), 32, 32).size == (vary.MOST_SIDE,) * 2
+
+
+def drawings(tabs) -> list:
+    """(tab, its drawing) of each that draws, with the first model."""
+    asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "", 7, False, 2, 3.0, "", 1)
+    tabs.create.begin(*asked, ME, "tiny", "none", 1.0, TICKET, PAGE)
+    varied = (PICTURE, None, "a red apple", "", 0.5, 5, False, 1, 2, 3.0, PAGE)
+    gridded = ("a red apple", "seed", "0", "none", "", 3, 2, 3.0, "", None, PAGE)
+    return [
+        (tabs.create, tabs.create.draw(TICKET, PAGE)),
+        (tabs.vary, tabs.vary.draw(ME, "tiny", "none", 1.0, *varied)),
+        (tabs.grid, tabs.grid.draw(ME, "tiny", "none", 1.0, *gridded)),
+    ]
+
+
+def test_a_drawing_that_breaks_off_is_told_without_internals(studio, monkeypatch):
+    lane, tabs = studio
+
+    def broken(batch):
+        raise RuntimeError("CUDA error: /root/secret")
+
+    monkeypatch.setattr(lane.models.first, "_advance", broken)
+    for _, drawing in drawings(tabs):
+        with pytest.raises(
+            gr.Error, match="could not be drawn: try a smaller size or fewer pictures"
+        ) as caught:
+            list(drawing)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(Failed):  # of the endpoint for programs
+        lane.result("page", asked_for("a red apple", "", 1, 2, 3.0, 1))
+
+
+def test_every_file_that_is_handed_out_says_what_it_is(studio):
+    _, tabs = studio
+    kinds = ("/trainedAlgorithmicMedia", "/compositeWithTrainedAlgorithmicMedia", "/trainedAlgorithmicMedia")
+    for (tab, drawing), kind in zip(drawings(tabs), kinds, strict=True):
+        (file,) = files_of(last(drawing)[tab.at.stage])
+        with Image.open(io.BytesIO(file)) as picture:
+            assert kind in picture.info["XML:com.adobe.xmp"]
+            assert picture.info["parameters"].startswith("a red apple\nSteps: 2")
+
+
+def test_no_metadata_leaves_nothing_in_what_is_handed_out(studio, monkeypatch):
+    lane, tabs = studio
+    monkeypatch.setattr(lane, "metadata", False)
+    for tab, drawing in drawings(tabs):
+        (file,) = files_of(last(drawing)[tab.at.stage])
+        with Image.open(io.BytesIO(file)) as picture:
+            assert not picture.info
+    for verb in ("svg 0", "zip"):
+        parcel = tabs.create.act(TICKET, SimpleNamespace(value=verb), PAGE)[tabs.create.at.parcel]
+        data = base64.b64decode(parcel[1].partition(",")[2])
+        if verb == "zip":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = b"".join(map(archive.read, archive.namelist()))
+        assert not [word for word in (b"apple", b"metadata", b"DiffusionFM", b"xmp") if word in data]
+    settings = {
+        "repeats": 1,
+        "seed": 0,
+        "format": "png",
+        "to": "folder",
+        "adapter": "none",
+        "weight": 1,
+        "model": None,
+    }
+    run = lane.runs.new(ME, "batch", "x")
+    assert "--no-metadata" in batch.Tab._command(
+        SimpleNamespace(lane=lane), ME, run, Path("rows.txt"), settings
+    )
+    lane.runs.delete(run)
 
 
 # ------------------------------------------------------------------ models
@@ -212,3 +310,97 @@ def test_drawing_with_what_was_learned_chooses_its_model(studio, rings):
     }
     train, export = tabs.finetune._commands(draft, settings, lane.models.engine("wide").pipe)
     assert Path(train[train.index("--model") + 1]).name == Path(export[-1]).name == "wide"
+
+
+# ------------------------------------------------------------------ settings come back
+
+
+@pytest.fixture(scope="module")
+def recall(studio):
+    """Settings that were told, back into Create: the update by the ids of its components, and by component."""
+    lane, tabs = studio
+    at = {name: getattr(tabs.create.at, name) for name in restore.CREATE[:-1]} | {
+        "announcer": tabs.create.at.said
+    }
+
+    def recalled(told, person=ME, model="tiny"):
+        new = restore.recall(lane, at, person, model, ["none"] * 4, told)
+        return new | {name: new[part] for name, part in at.items() if part in new}
+
+    return recalled
+
+
+@pytest.mark.parametrize("told_by", [dict, lambda told: parse_a1111(format_a1111(told))])
+def test_what_was_drawn_is_drawn_again_from_what_it_tells(studio, rings, recall, told_by):
+    lane, tabs = studio
+    create_, ticket = lane.pickers["create"], "1" * 32
+    for model, choice, size in (("tiny", rings.key, "32 × 32"), ("wide", "none", "80 × 48")):
+        asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "a fish", 7, False, 3, 2.5, size, 1)
+        list(tabs.create.begin(*asked, ME, model, choice, 0.5, ticket, PAGE))
+        ((first, told),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        new = recall(told_by(told), model="wide" if model == "tiny" else "tiny")
+        assert new["advice"] == "" and new[lane.model.choice] == model
+        again = (new["prompt"], new["style"], new["background"], new["negative"], new["seed"], new["fresh"])
+        again += (new["steps"], new["guidance"], value(new, tabs.create.at.size), 1)
+        worn = value(new, create_.choice), new[create_.weight]
+        list(tabs.create.begin(*again, ME, new[lane.model.choice], *worn, ticket, PAGE))
+        ((second, _),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        assert first.tobytes() == second.tobytes() and f"{first.width} × {first.height}" == size
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"model": "photo"}, "The model 'photo' that drew it is not here"),
+        ({"lora": ["squares:0.5"]}, "The adapter squares:0.5 that drew it cannot be had"),
+        ({"lora": "rings:9"}, "The adapter rings:9 that drew it cannot be had"),
+        ({"lora": ["rings:1", "squares:1"]}, "the adapters rings:1, squares:1, and Create takes one"),
+        ({"lora": ["rings:1"], "model": "wide"}, "The adapter rings:1 that drew it cannot be had"),
+        ({"width": 512, "height": 512}, "512 × 512 pixels is not a size of tiny: 32 × 32 will be drawn"),
+        ({"steps": 400}, "Steps 400 is out of range here: 100 will be drawn"),
+        ({"seed": MAX_SEED + 1}, "Seed 9007199254740992 is out of range"),
+        ({"strength": 0.5}, "drawn from another picture"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_said(studio, rings, recall, told, words):
+    lane, tabs = studio
+    new = recall({"prompt": "a red apple"} | told)
+    assert words in new["advice"].replace("&#x27;", "'") and words[1:] in new["announcer"]
+    assert value(new, lane.pickers["create"].choice) == "none"
+
+
+def test_an_adapter_comes_back_to_its_owner_alone(studio, rings, recall):
+    lane, _ = studio
+    told, choice = {"prompt": "a red apple", "lora": ["rings:0.5"]}, lane.pickers["create"].choice
+    assert value(recall(told), choice) == rings.key
+    stranger = recall(told, new_person())
+    assert value(stranger, choice) == "none" and "cannot be had here" in stranger["advice"]
+
+
+def test_values_are_brought_into_the_range_of_the_controls(studio, recall):
+    wild = {"prompt": "x" * 9000, "seed": -5, "steps": 10**9, "guidance": 1e9, "negative_prompt": "y" * 9000}
+    new = recall(wild)
+    assert len(new["prompt"]) == len(new["negative"]) == MAX_PROMPT
+    assert (new["seed"], new["fresh"], new["steps"], new["guidance"]) == (0, False, MAX_STEPS, MAX_GUIDANCE)
+    for told in ({"prompt": "x", "guidance": float("nan")}, parse_a1111("x\nSteps: 9, CFG scale: nan")):
+        assert "guidance" not in recall(told)
+    assert not {"seed", "fresh", "steps", "guidance", "size"} & set(recall({"prompt": "a"}))
+
+
+def test_restore_and_history_fill_create_and_keep_what_they_chose(pipe, tmp_path):
+    """The page's own events: what is wired to what."""
+    from demo import app
+
+    with Models(Engine(pipe)) as offered:
+        blocks = app.build(offered, Runs(tmp_path))
+        ids = {block.elem_id: block for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
+        for name, event in (("restore-send", "sent"), ("history", "pasted")):
+            (call,) = [
+                fn
+                for fn in blocks.fns.values()
+                if (ids[name]._id, "click") in fn.targets and fn.name == event
+            ]
+            filled = {
+                ids[name] for name in (*restore.CREATE, "model", "adapter", "adapter-weight", "vary-adapter")
+            }
+            assert filled <= set(call.outputs)

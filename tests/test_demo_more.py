@@ -13,7 +13,7 @@ pytest.importorskip("gradio")
 import gradio as gr
 from PIL import Image
 
-from demo import cards, restore, shelf
+from demo import cards, grid, restore, runcards, shelf
 from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
 from demo.lane import Lane
 from demo.vary import HOW_FAR
@@ -130,27 +130,26 @@ def test_the_picker_goes_from_subtle_to_anew():
 BAD = '<img src=x onerror="alert(1)">'
 
 
-def test_nothing_from_a_file_becomes_markup():
+def test_nothing_from_a_file_becomes_markup(tmp_path):
+    file = tmp_path / "sheet.png"
+    file.write_bytes(png())
     for html in (
-        restore.tell(png(), {"prompt": BAD, "model": BAD, "lora": [BAD]}, BAD + "!"),
+        restore.tell(png(), {"prompt": BAD, "model": BAD, "lora": [BAD]}, ["icons"]),
         shelf.shelf([png()], [BAD], [7], take="Vary this"),
         cards.empty(BAD, BAD),
         cards.note(BAD),
+        runcards.lines(BAD, [BAD], [BAD]),
+        runcards.pictures([(BAD, png())]),
+        runcards.sheet(file, BAD),
+        grid._figure(png(), BAD, "sheet", flagged=True),
     ):
         assert "<img src=x" not in html and "&lt;img" in html
 
 
-def test_values_are_brought_into_the_range_of_the_controls():
-    wild = {"prompt": "x" * 9000, "seed": -5, "steps": 10**9, "guidance": 1e9, "negative_prompt": "y" * 9000}
-    prompt, negative, seed, fresh, steps, guidance, *_ = restore.controls_of(wild)
-    assert len(prompt) == len(negative) == restore.MAX_PROMPT and (seed, fresh) == (0, False)
-    assert (steps, guidance) == (restore.MAX_STEPS, restore.MAX_GUIDANCE)
-    assert restore.controls_of({"prompt": "a"})[2:6] == [gr.skip()] * 4
-
-
 def test_another_model_and_a_missing_picture_are_told():
-    assert "Another model" in restore.tell(png(), {"prompt": "a", "model": "photo"}, "icons")
-    assert "Another model" not in restore.tell(png(), {"prompt": "a", "model": "icons"}, "icons")
-    assert "drawn from another picture" in restore.tell(png(), {"prompt": "a", "strength": 0.5}, "icons")
-    assert "tells nothing" in restore.tell(png(), {}, "icons")
-    assert base64.b64encode(png()).decode() in restore.tell(png(), {}, "icons")
+    there = ["icons", "clouds"]
+    assert "&#x27;photo&#x27; that drew it is not here" in restore.tell(png(), {"model": "photo"}, there)
+    assert "not here" not in restore.tell(png(), {"prompt": "a", "model": "clouds"}, there)
+    assert "drawn from another picture" in restore.tell(png(), {"prompt": "a", "strength": 0.5}, there)
+    assert "tells nothing" in restore.tell(png(), {}, there)
+    assert base64.b64encode(png()).decode() in restore.tell(png(), {}, there)

@@ -53,6 +53,7 @@ def test_a_run_leaves_a_lora_sheets_and_losses(made):
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"{k:07d}.png" for k in (0, 2, 4)]
     with Image.open(out / "samples" / "0000004.png") as sheet:
         assert sheet.width > 256  # the model's picture beside the adapted one
+        assert "/trainedAlgorithmicMedia" in sheet.info["XML:com.adobe.xmp"]
     last = lines(out)[-1]
     assert last["step"] == 4 and last["change"] > 0
     assert last["validation_loss"] != last["base_validation_loss"] > 0

@@ -16,6 +16,8 @@ from diffusionfm.images import (
     checkerboard,
     contact_sheet,
     encode_png,
+    format_a1111,
+    in_common,
     on_background,
     parse_a1111,
     read_parameters,
@@ -91,8 +93,33 @@ def test_a1111_text_is_read(picture):
         "width": 512,
         "height": 768,
     }
+    settings = 'Steps: 9, Lora: nonsense, Lora hashes: "a: 1", Version: v1'
+    assert parse_a1111(f"a cat\n{settings}") == {"prompt": "a cat", "steps": 9}
     assert parse_a1111("just words") == {"prompt": "just words"}
     assert "seed" not in parse_a1111("x\nSteps: 20, Seed: many")
+
+
+def test_the_copied_text_tells_all_it_takes_to_draw_again():
+    said = PARAMETERS | {"lora": ["café, style:0.8", "other:1"]}
+    told = parse_a1111(format_a1111(said))
+    assert told.pop("lora") == [
+        "café",
+        "style:0.8",
+        "other:1",
+    ]  # a name with a comma comes apart: it is not found
+    assert told == {name: value for name, value in said.items() if name not in ("lora", "version")}
+    assert parse_a1111(format_a1111({"prompt": "x", "steps": 1, "lora": "rings:0.5"}))["lora"] == [
+        "rings:0.5"
+    ]
+
+
+def test_a_sheet_tells_what_its_pictures_have_in_common():
+    told = [
+        PARAMETERS | its for its in ({"seed": 1}, {"seed": 2, "strength": 0.3}, {"seed": 3, "strength": 0.7})
+    ]
+    assert in_common(told[:1]) == told[0]
+    common = {name: value for name, value in PARAMETERS.items() if name != "seed"}
+    assert in_common(told) == common | {"strength": 0.7}  # the sheet, too, is of another picture
 
 
 def _with_text(value: str) -> io.BytesIO:

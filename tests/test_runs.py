@@ -12,6 +12,7 @@ from PIL import Image
 
 from demo import dataset, processes, runs
 from demo.runs import Run, Runs, State, new_person
+from diffusionfm.serve import gate
 from tests.finetune_toys import draw_pictures
 
 
@@ -62,6 +63,44 @@ def test_too_many_runs_are_refused_and_deleted_ones_make_room(lane, monkeypatch)
     lane.delete(first)
     assert not first.folder.exists()
     lane.new(me, "batch", "c")
+
+
+def test_a_full_disk_is_told_before_a_run_is_begun(lane, monkeypatch):
+    me = new_person()
+    (lane.new(me, "batch", "a").folder / "big").write_bytes(bytes(3000))
+    monkeypatch.setattr(runs, "MOST_BYTES", 2000)
+    with pytest.raises(ValueError, match="no room on the disk for another run"):
+        lane.new(me, "batch", "b")
+    monkeypatch.setattr(runs, "MOST_BYTES", 2**60)
+    monkeypatch.setattr(gate, "SPARE", 2**80)
+    with pytest.raises(ValueError, match="no room on the disk for another run"):
+        lane.new(me, "batch", "b")
+    monkeypatch.undo()
+    lane.new(me, "batch", "b")
+
+
+def test_people_take_turns_and_nobody_takes_every_place(lane, sleeper):
+    me, you, third = new_person(), new_person(), new_person()
+    first, *mine = [lane.new(me, "batch", str(k)) for k in range(5)]
+    lane.start(first, [["echo up; exec sleep 100"]])
+    until(lane, first, "running")
+    for run in mine[:3]:
+        lane.start(run, [["echo up; exec sleep 100"]])
+    with pytest.raises(ValueError, match="3 of yours are waiting already: start it once one has its turn"):
+        lane.start(mine[3], [["echo"]])
+    assert lane.state(mine[3]).word == "draft"
+    yours, theirs = lane.new(you, "finetune", "x"), lane.new(third, "batch", "y")
+    again = lane.new(you, "finetune", "z")
+    for run in (yours, theirs, again):
+        lane.start(run, [["echo up; exec sleep 100"]])
+    order = [yours, theirs, mine[0], again, *mine[1:3]]
+    assert [lane.state(run).before for run in order] == [1, 2, 3, 4, 5, 6]
+    lane.stop(first)
+    until(lane, yours, "running")
+    assert [lane.state(run).before for run in order[1:]] == [1, 2, 3, 4, 5]
+    lane.stop(mine[2])
+    lane.start(mine[3], [["echo"]])  # there is a place again
+    assert lane.state(mine[3]).before == 5
 
 
 def test_one_at_a_time_in_the_order_of_their_coming(lane, sleeper):

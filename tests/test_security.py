@@ -396,12 +396,12 @@ def test_u1_pictures_and_rows_may_have_less_than_a_zip(studio, tmp_path, tiny_pi
     with large.open("wb") as file:
         file.truncate(HANDED_BYTES + 1)
     with pytest.raises(gr.Error, match="too large: 20 MB at most"):
-        vary.Tab(None, None).upload(str(large))
+        vary.Tab(None, None).upload(str(large), None)
     with pytest.raises(ValueError, match="too large"):
         grid._requests([{"prompt": "x"}], str(large), tiny_pipe.defaults)
     tab = next(fn.fn for fn in studio.fns.values() if fn.name == "read")
     with pytest.raises(gr.Error, match="too large"):
-        tab(str(large), "tiny")
+        tab(str(large))
     with pytest.raises(ValueError, match="too large"):
         batch._source(None, "", str(large.rename(tmp_path / "large.csv")))
 

@@ -12,14 +12,16 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
+from PIL import Image
 
 from demo import batch, batch_controls, finetune, finetune_controls, processes
 from demo.adapters import choices, chosen, pickers, put_on
 from demo.lane import Lane
 from demo.models import model_picker
 from demo.person import person
-from demo.runs import Runs, new_person
-from diffusionfm.images import read_parameters
+from demo.runs import Runs, State, new_person
+from diffusionfm.batch.watch import look
+from diffusionfm.images import read_parameters, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
@@ -154,6 +156,40 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         with pytest.raises(gr.Error, match=words):
             rows.start(ME, "", *asked)
     assert lane.runs.all(ME) == []
+
+
+BAD = "<img src=x onerror=alert(1)>"
+
+
+def test_a_batch_shows_what_rows_say_as_words(studio):
+    lane, _, tab = studio
+    run = lane.runs.new(ME, "batch", BAD)
+    run.keep(total=3, flagged=[BAD + "!"])
+    run.out.mkdir(parents=True)
+    save_png(Image.new("RGBA", (8, 8)), run.out / "a.png")
+    made = {"id": BAD, "prompt": BAD, "file": "a.png", "seconds": 1.0}
+    records = [made | {"status": "ok"}, made | {"status": "failed", "error": BAD}]
+    (run.out / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = look(run.out)
+    for word in ("running", "stopped", "failed"):
+        html = tab._status(run, State(word), found) + batch._pictures(run, found)
+        assert "<img src=x" not in html and html.count("&lt;img src=x") >= 4
+    lane.runs.delete(run)
+
+
+def test_a_table_of_pictures_shows_names_and_captions_as_words(studio, tmp_path):
+    _, tab, _ = studio
+    folder = draw_pictures(tmp_path / "mine", 3)
+    (folder / "circle 01.txt").write_text(BAD)
+    (folder / "circle 02.txt").unlink()
+    (folder / "circle 02.png").rename(folder / f"{BAD}.png")
+    (folder / f"{BAD} broken.png").write_bytes(b"no picture")
+    key = tab.take(ME, "", [str(path) for path in folder.iterdir()], BAD, "refuse", "")[tab.at.key]
+    report = tab.open(ME, key)[tab.at.report]
+    assert "<img src=x" not in report and report.count("&lt;img src=x") >= 2
+    table = tab.at.table.get_config()  # of text alone: neither HTML nor Markdown is shown in it
+    assert table["datatype"] == "str" and BAD in str(value(tab.open(ME, key), tab.at.table)["value"])
+    tab.delete(ME, key)
 
 
 # ------------------------------------------------------------------ from end to end

@@ -9,7 +9,7 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionfm.images import contact_sheet, encode_png, write_atomic
+from diffusionfm.images import contact_sheet, in_common, save_png, write_atomic
 
 REPORT = "report.json"
 PERCENTILES = (50, 90, 99)
@@ -87,8 +87,15 @@ class Summary:
         write_atomic(out / REPORT, (json.dumps(self.report(), indent=1) + "\n").encode())
 
 
-def write_sheets(out: Path, records: Iterable[dict[str, Any]], count: int) -> list[Path]:
-    """Contact sheets of the first pictures on record, SHEET on each, at most `count`: DIR/sheets/1.png, 2.png, ..."""
+def write_sheets(
+    out: Path,
+    records: Iterable[dict[str, Any]],
+    count: int,
+    describe: Callable[[str, int, dict[str, Any]], dict[str, Any]] | None,
+) -> list[Path]:
+    """Contact sheets of the first pictures on record, SHEET on each, at most `count`: DIR/sheets/1.png, 2.png, ...
+
+    describe: a picture's parameters, of its prompt, seed and settings; None leaves them out of the sheets."""
     done = (record for record in records if record["status"] == "ok")
     sheets = []
     for number in range(1, count + 1):
@@ -100,7 +107,8 @@ def write_sheets(out: Path, records: Iterable[dict[str, Any]], count: int) -> li
         sheet = contact_sheet(pictures, labels, columns=min(10, len(pictures)), cell=96)
         (out / SHEETS).mkdir(exist_ok=True)
         sheets.append(out / SHEETS / f"{number}.png")
-        write_atomic(sheets[-1], encode_png(sheet))
+        said = describe and in_common([describe(r["prompt"], r["seed"], r["settings"]) for r in page])
+        save_png(sheet, sheets[-1], said)
     return sheets
 
 

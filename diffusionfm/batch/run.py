@@ -120,7 +120,8 @@ class Batch:
                 self._draw(writer)
             self.store.close()
             if summary.made or not (self.out / SHEETS).exists():
-                write_sheets(self.out, self.manifest.records(), self.options.sheets)
+                describe = self.pipe.describe if self.options.metadata else None
+                write_sheets(self.out, self.manifest.records(), self.options.sheets, describe)
         finally:
             summary.seconds = time.monotonic() - start
             summary.write(self.out, self.manifest.failures)

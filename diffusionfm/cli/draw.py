@@ -199,6 +199,9 @@ def demo(args: argparse.Namespace) -> int:
             raise ValueError("the studio's files are missing: install the package again")
         sys.path.insert(0, str(checkout))
         app = importlib.import_module("demo.app")
+    from diffusionfm.serve import logs
+
+    logs.to_stderr()
     app.main(
         args.port,
         args.model,
@@ -211,6 +214,8 @@ def demo(args: argparse.Namespace) -> int:
         loras=loras,
         lora_any=args.lora_any,
         runs=args.runs,
+        metadata=not args.no_metadata,
+        log_prompts=args.log_prompts,
     )
     return 0
 
@@ -321,3 +326,11 @@ def add_demo(commands: Any) -> None:
     add_model_options(command, lora="offer a LoRA to everyone; may be given several times")
     add_models(command)
     add_safety(command)
+    command.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="leave prompt and settings out of the pictures that the page hands out",
+    )
+    command.add_argument(
+        "--log-prompts", action="store_true", help="write the API's prompts into the log as well"
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusionfm.checkpoint import writing
 from diffusionfm.finetune.methods import Adapting
 from diffusionfm.finetune.pictures import Sample, collate
-from diffusionfm.images import contact_sheet, save_png
+from diffusionfm.images import contact_sheet, in_common, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 
 VALIDATION_SAMPLES = 64  # what the validation loss is taken over, the held-out pictures repeated
@@ -64,7 +64,9 @@ class Judge:
         labels = [label for prompt in self.prompts for label in (prompt, f"step {step}")]
         both = [picture for pair in pairs for picture in pair]
         with writing(file):
-            save_png(contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL), file)
+            sheet = contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL)
+            settings = self.pipe.settings()
+            save_png(sheet, file, in_common([self.pipe.describe(p, 0, settings) for p in self.prompts]))
 
     def draw_best(self) -> None:
         """Draw the best step too, unless that was drawn."""

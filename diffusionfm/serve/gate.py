@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.requests import Request
@@ -72,7 +74,9 @@ class Gate:
         most = MAX_UPLOAD if path == self.uploads else MAX_BODY
         if int(length) > most:
             raise Refusal(413, f"that is too large: {most // 2**20} MiB at most at a time")
-        if path == self.uploads and self.folder is not None and not _room(self.folder, int(length)):
+        if path != self.uploads or self.folder is None:
+            return
+        if not has_room(self.folder, int(length), MAX_FOLDER):
             raise Refusal(507, "there is no room for more files now: try again in an hour")
 
 
@@ -86,9 +90,13 @@ def _in(path: str, known: tuple[frozenset[str], tuple[str, ...]]) -> bool:
     return path in known[0] or path.startswith(known[1])
 
 
-def _room(folder: Path, size: int) -> bool:
-    """Whether so many bytes more may lie in the folder."""
+def has_room(folder: Path, size: int, most: int) -> bool:
+    """Whether so many bytes more may lie in the folder: `most` altogether, and SPARE of the disk stays free."""
     if not folder.is_dir():
         return True
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return held + size <= MAX_FOLDER and shutil.disk_usage(folder).free - size >= SPARE
+    held = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # it was deleted meanwhile
+                held += os.lstat(os.path.join(place, name)).st_size
+    return held + size <= most and shutil.disk_usage(folder).free - size >= SPARE
