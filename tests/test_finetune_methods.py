@@ -129,6 +129,9 @@ def test_the_trigger_takes_its_place_or_goes_first():
     assert with_trigger("a [trigger] in the rain", "zkw") == "a zkw in the rain"
     assert with_trigger("a dog", "zkw") == "zkw, a dog"
     assert with_trigger("ZKW the dog", "zkw") == "ZKW the dog"
+    assert with_trigger("a photo of zkw, smiling", "zkw") == "a photo of zkw, smiling"
+    assert with_trigger("a dog of [trigger]", "dog") == "a dog of dog"
+    assert with_trigger("two zkws", "zkw") == "zkw, two zkws"
     assert with_trigger("a dog", "") == "a dog"
 
 

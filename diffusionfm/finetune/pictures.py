@@ -26,7 +26,9 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.text import truncated_words
 
 Say = Callable[[str], object]
-Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
+Sample = dict[
+    str, Any
+]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
 
 MAX_HELD_OUT = 64
 SHEET_PROMPTS = 4
@@ -85,9 +87,17 @@ def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> No
 
 def with_trigger(caption: str, trigger: str) -> str:
     """A caption that says the trigger: in the place of [trigger], where it is said, or else before all."""
-    if not trigger or trigger.casefold() in caption.casefold().split():
+    if not trigger:
         return caption
-    return caption.replace(TRIGGER, trigger) if TRIGGER in caption else f"{trigger}, {caption}"
+    if TRIGGER in caption:
+        return caption.replace(TRIGGER, trigger)
+    said = re.search(_as_word(trigger), caption, re.IGNORECASE)
+    return caption if said else f"{trigger}, {caption}"
+
+
+def _as_word(trigger: str) -> str:
+    """A pattern for the trigger as a word of its own, whatever marks are around it."""
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 # ---- as latents ----------------------------------------------------------------------------------------------
@@ -173,7 +183,7 @@ def sheet_prompts(samples: list[Sample]) -> list[str]:
 
 def class_prompts(samples: list[Sample], trigger: str) -> list[str]:
     """The captions without the trigger, or without "of" it, each once: what they say of the subject's class."""
-    word = re.compile(rf"(\bof )?(?<!\w){re.escape(trigger)}(?!\w)\W*", re.IGNORECASE)
+    word = re.compile(rf"(\bof )?{_as_word(trigger)}\W*", re.IGNORECASE)
     said = [word.sub("", caption).strip() for sample in samples for caption in sample["captions"]]
     return list(dict.fromkeys(filter(None, said))) if trigger else []
 
