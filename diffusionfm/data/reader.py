@@ -322,6 +322,12 @@ class ShardDataset:
         return ""
 
 
+def told_captions(meta: dict[str, Any]) -> list[str]:
+    """The captions that a sample's JSON lists, the fullest first; [] where it lists none, or no texts."""
+    told = meta.get("captions")
+    return [text for text in told if isinstance(text, str) and text.strip()] if isinstance(told, list) else []
+
+
 def decode_picture(data: bytes) -> Image.Image:
     """RGBA picture from WebP, PNG or JPEG bytes, refused by its header when larger than 64 Mpixel.
 

@@ -18,7 +18,7 @@ from diffusionfm.data.folder import FolderDataset, preflight, square
 from diffusionfm.data.order import Order
 from diffusionfm.data.preflight import SHOWN, Preflight, examine_shards, preflight_sheet
 from diffusionfm.data.reader import ShardDataset
-from diffusionfm.data.training import choose_caption, pixels
+from diffusionfm.data.training import captions_of, choose_caption, pixels
 from diffusionfm.finetune.settings import PREFLIGHT, SHEET, FinetuneConfig
 from diffusionfm.images import save_png
 from diffusionfm.objectives import as_float
@@ -115,7 +115,7 @@ def encode(
     waiting: list[Tensor] = []
     digest, put_before = hashlib.sha256(), 0
     for source in dataset:
-        meta, said = source["meta"], source["meta"].get("captions") or [source["caption"]]
+        meta, said = source["meta"], captions_of(source)
         texts = [with_trigger(text, trigger) for text in said]
         if any(TRIGGER in text for text in texts):
             raise ValueError(f"captions hold {TRIGGER}: give the word that it stands for, as --trigger zkw")
