@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from diffusionfm.data.index import manifest, tar_members
 from diffusionfm.data.shards import SIZE_COLUMNS, TEXT_COLUMNS, shard_paths
@@ -203,9 +203,9 @@ class ShardDataset:
         extension = next(name for name in PICTURES if name in self._members(i))
         try:
             try:
-                return open_picture(self._member(i, extension, HEAD)).size
+                return _upright_size(open_picture(self._member(i, extension, HEAD)))
             except OSError:  # a long profile or thumbnail before the size
-                return open_picture(self._member(i, extension)).size
+                return _upright_size(open_picture(self._member(i, extension)))
         except DECODE_ERRORS as error:
             raise BadSample(f"{self.shard(i).name}: {self.key(i)}: {error}") from error
 
@@ -329,10 +329,18 @@ def told_captions(meta: dict[str, Any]) -> list[str]:
 
 
 def decode_picture(data: bytes) -> Image.Image:
-    """RGBA picture from WebP, PNG or JPEG bytes, refused by its header when larger than 64 Mpixel.
+    """RGBA picture from WebP, PNG or JPEG bytes, turned upright, refused by its header when larger than 64 Mpixel.
 
     Raises one of DECODE_ERRORS (mostly OSError or ValueError) when it cannot be decoded."""
-    return to_rgba(open_picture(data))
+    picture = open_picture(data)
+    ImageOps.exif_transpose(picture, in_place=True)  # else it copies what is upright already
+    return to_rgba(picture)
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    """The size that an opened picture has once it is turned upright by its EXIF."""
+    lies = "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (picture.height, picture.width) if lies else picture.size
 
 
 def open_picture(data: bytes) -> Image.Image:
