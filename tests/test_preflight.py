@@ -277,6 +277,18 @@ def test_a_zip_may_not_unpack_to_more_than_fits(tmp_path, monkeypatch):
         pass
 
 
+def test_many_small_members_may_not_grow_beyond_measure_together(tmp_path, monkeypatch):
+    path = pack(tmp_path / "mine.zip", {f"{k}.txt": bytes(100_000) for k in range(20)})
+    with as_folder(path) as folder:
+        assert len(list(folder.iterdir())) == 20
+    monkeypatch.setattr(archive, "MAX_PLAIN_SUM", 1_000_000)
+    with (
+        pytest.raises(ValueError, match="unpacks to 2,000,000 bytes from .* no pictures do"),
+        as_folder(path),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["nowhere", "notes.pdf", "gone.tar"])
 def test_what_is_no_set_of_pictures(tmp_path, name):
     (tmp_path / "notes.pdf").write_bytes(b"x")
