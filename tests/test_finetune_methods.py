@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -300,16 +301,37 @@ def test_the_report_stands_alone_and_escapes_what_users_write(tiny_model, tmp_pa
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
-def test_a_zip_trains_as_its_folder_does(pictures, tiny_model, tmp_path):
-    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
-        for path in pictures.iterdir():
-            archive.write(path, f"mine/{path.name}")
-    said: list[str] = []
-    short = SHORT | {"steps": 1}
-    finetune(tmp_path / "mine.zip", tmp_path / "a", model=tiny_model, say=said.append, **short)
-    finetune(pictures, tmp_path / "b", model=tiny_model, **short)
-    assert said[0].startswith(f"{tmp_path / 'mine.zip'}: 12 pictures")
-    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+def test_a_zip_and_a_tar_train_as_their_folder_does(pictures, tiny_model, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "mine")
+    (folder / "circle 01.txt").unlink()
+    with (
+        zipfile.ZipFile(tmp_path / "mine.zip", "w") as zipped,
+        tarfile.open(tmp_path / "mine.tar", "w") as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            zipped.write(path, f"mine/{path.name}")
+            tar.add(path, path.name)
+    trained = {}
+    for name in ("mine", "mine.zip", "mine.tar"):
+        said: list[str] = []
+        out = tmp_path / f"style of {name}"
+        short = SHORT | {"steps": 1, "captions": "trigger", "trigger": "zkw"}
+        finetune(tmp_path / name, out, model=tiny_model, say=said.append, **short)
+        assert said[0].startswith(f"{tmp_path / name}: 12 pictures, 11 with a caption")
+        assert "no caption: circle 01.png" in said[0]
+        trained[name] = (out / WEIGHTS).read_bytes(), json.loads((out / RECORD).read_text())["data"]
+    assert trained["mine"] == trained["mine.zip"] == trained["mine.tar"]
+
+
+def test_pictures_beside_a_shard_are_refused(pictures, tiny_model, tmp_path, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "mine")
+    with tarfile.open(folder / "backup.tar", "w") as tar:
+        tar.add(pictures, ".")
+    command = ["finetune", str(folder), "--out", str(tmp_path / "out"), "--model", str(tiny_model), "--check"]
+    assert main(command) == 2
+    assert "mine holds pictures (circle 00.jpg) and a shard (backup.tar)" in capsys.readouterr().err
+    (folder / "backup.tar").rename(folder / ".backup.tar")
+    assert main(command) == 0
 
 
 def test_an_imagefolder_is_judged_on_its_own_validation_split(pictures, tiny_model, tmp_path):

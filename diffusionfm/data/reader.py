@@ -71,7 +71,8 @@ class ShardDataset:
         self._index()
         if not self._samples:
             of = f" of split {split!r}" if split else ""
-            why = "; ".join(self.problems[:3]) or "none found"
+            ignored = [f"{count} .{suffix} members are not read" for suffix, count in self.ignored.items()]
+            why = "; ".join([*self.problems[:3], *ignored[:3]]) or "none found"
             raise ValueError(f"no usable sample{of} in {self.paths[0].parent}: {why}")
 
     def __len__(self) -> int:
