@@ -22,9 +22,11 @@ from diffusionfm.cli import main
 from diffusionfm.cli.training import METHODS, PRESETS
 from diffusionfm.data.captions import CHOICES
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, load_preset, run, settings
+from diffusionfm.finetune.judge import SHEET_CELL, Judge
 from diffusionfm.finetune.methods import Best, build
 from diffusionfm.finetune.pictures import class_prompts, collate, mixture, own_prompts, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
+from diffusionfm.images import contact_sheet
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
 
@@ -359,6 +361,31 @@ def test_check_reports_and_trains_nothing(pictures, tiny_model, tmp_path, capsys
     assert main([*command, "--steps", "1"]) == 0 and contents(pictures) == before
 
 
+# ---- sheets --------------------------------------------------------------------------------------------------
+
+
+def test_sheets_show_the_base_model_s_picture_and_then_the_adapted_one(tiny_model, tmp_path):
+    objective, pipe = trained(tiny_model, FinetuneConfig(rank=2))
+    adapted = pipe("a red apple", seed=0).images[0]
+    with objective.base():
+        plain = pipe("a red apple", seed=0).images[0]
+        latent = pipe.vae.encode(torch.rand(1, 4, 32, 32))[0].detach()
+    sets = dict.fromkeys(("validation", "seen", "own"), [{"key": "a", "latent": latent, "captions": ["a"]}])
+    Judge(pipe, objective, sets, ["a red apple"], tmp_path).draw(3)
+    with Image.open(tmp_path / "samples" / "0000003.png") as sheet:
+        drawn = pixels(sheet)
+    labels = ["a red apple", "step 3"]
+    far = {}
+    for name, pair in {
+        "right": (plain, adapted),
+        "base twice": (plain, plain),
+        "turned": (adapted, plain),
+    }.items():
+        sheet = contact_sheet(pair, labels, columns=2, cell=SHEET_CELL)
+        far[name] = np.abs(drawn - pixels(sheet)).max()
+    assert far["right"] <= 2 and min(far["base twice"], far["turned"]) > 8
+
+
 # ---- presets -------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +398,21 @@ def test_presets_load_and_the_command_knows_them():
     assert settings.METHODS == METHODS and settings.PRESETS == PRESETS and "trigger" in CHOICES
     with pytest.raises(ValueError, match="unknown preset"):
         load_preset("phone")
+
+
+def test_the_gpu_preset_trains_on_a_cpu_too(pictures, tiny_model, tmp_path):
+    """With all its settings but the device, the steps and, the tiny model being narrow, the rank."""
+    out, small = tmp_path / "style", {"steps": 1, "rank": 2, "device": "cpu"}
+    cfg = configure(pictures, out, preset="gpu", model=str(tiny_model), prompts=["a red apple"], **small)
+    run(cfg)
+    preset = load_preset("gpu").trainer
+    assert (cfg.trainer.batch_size, cfg.trainer.lr, cfg.trainer.ema) == (
+        preset.batch_size,
+        preset.lr,
+        preset.ema,
+    )
+    last = lines(out)[-1]
+    assert (last["step"], last["samples"]) == (1, preset.batch_size) and last["change"] > 0
 
 
 # ---- many processes ------------------------------------------------------------------------------------------
