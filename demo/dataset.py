@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffusionfm.data.archive import WANTED, unpack
 from diffusionfm.data.captions import replace_captions
-from diffusionfm.data.folder import SUFFIXES, sample_of, scan
-from diffusionfm.data.preflight import SHOWN, Preflight, preflight_sheet
+from diffusionfm.data.folder import SUFFIXES, first_samples, scan
+from diffusionfm.data.preflight import Preflight, preflight_sheet
 from diffusionfm.images import save_png
 
 from .runs import Run
@@ -67,9 +67,8 @@ def look_through(run: Run, size: int, missing: str) -> tuple[Preflight, Rows, Pa
     report.folder = str(run.facts["name"])
     sheet = None
     if found:
-        shown = [sample_of(folder, picture, i, size) for i, picture in enumerate(found[:SHOWN])]
         sheet = run.folder / SHEET
-        save_png(preflight_sheet(shown), sheet)
+        save_png(preflight_sheet(first_samples(found, size)), sheet)
     return report, [[picture.name, picture.caption] for picture in found], sheet
 
 

@@ -182,29 +182,33 @@ def discard_after(run_dir: str | Path, step: int) -> None:
         shutil.rmtree(leaving)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON to a file whole or not at all."""
-    path = Path(path)
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Where to write inside the `with` block what then takes the place of `path`; a block that fails leaves nothing."""
     aside = path.with_name(f".{path.name}.partial")
     with writing(path):
-        with open(aside, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            yield aside
+            _sync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON to a file whole or not at all."""
+    with _aside(Path(path)) as aside, open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
 
 
 def write_weights(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write one safetensors file whole or not at all."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    with writing(path):
+    with _aside(Path(path)) as aside:
         save_file(_storable(tensors), aside, metadata={"format": "pt", **(metadata or {})})
-        _sync(aside)
-        os.replace(aside, path)
 
 
 def export(folder: Path, networks: dict[str, nn.Module]) -> None:

@@ -111,3 +111,4 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(tmp_path / "x.json", {"a": torch.zeros(1)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

@@ -215,9 +215,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 ):
     command = ["finetune", str(pictures), "--out", str(tmp_path / "style"), "--model", str(tiny_model)]
     command += ["--steps", "2", "--rank", "2", "--quiet"]
-    for most in (3_000, 14_000):  # the model's own pictures do not fit, then the checkpoint
+    # What does not fit: the report on the pictures, the record, the model's own pictures, the checkpoint.
+    for most, *check in ((100, "--check"), (100,), (3_000,), (14_000,)):
         with no_file_beyond(most):
-            assert main(command) == 2
+            assert main([*command, *check]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: could not write") and error.count("\n") == 1
         assert "free some disk space and run again" in error

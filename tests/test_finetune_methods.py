@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from diffusionfm.cli import main
 from diffusionfm.cli.training import METHODS, PRESETS
 from diffusionfm.data.captions import CHOICES
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, load_preset, run, settings
+from diffusionfm.finetune.judge import SHEET_CELL, Judge
 from diffusionfm.finetune.methods import Best, build
 from diffusionfm.finetune.pictures import class_prompts, collate, mixture, own_prompts, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
+from diffusionfm.images import contact_sheet
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, WEIGHTS, contents, draw_pictures, lines
 
@@ -129,6 +132,9 @@ def test_the_trigger_takes_its_place_or_goes_first():
     assert with_trigger("a [trigger] in the rain", "zkw") == "a zkw in the rain"
     assert with_trigger("a dog", "zkw") == "zkw, a dog"
     assert with_trigger("ZKW the dog", "zkw") == "ZKW the dog"
+    assert with_trigger("a photo of zkw, smiling", "zkw") == "a photo of zkw, smiling"
+    assert with_trigger("a dog of [trigger]", "dog") == "a dog of dog"
+    assert with_trigger("two zkws", "zkw") == "zkw, two zkws"
     assert with_trigger("a dog", "") == "a dog"
 
 
@@ -297,16 +303,37 @@ def test_the_report_stands_alone_and_escapes_what_users_write(tiny_model, tmp_pa
 # ---- data ----------------------------------------------------------------------------------------------------
 
 
-def test_a_zip_trains_as_its_folder_does(pictures, tiny_model, tmp_path):
-    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
-        for path in pictures.iterdir():
-            archive.write(path, f"mine/{path.name}")
-    said: list[str] = []
-    short = SHORT | {"steps": 1}
-    finetune(tmp_path / "mine.zip", tmp_path / "a", model=tiny_model, say=said.append, **short)
-    finetune(pictures, tmp_path / "b", model=tiny_model, **short)
-    assert said[0].startswith(f"{tmp_path / 'mine.zip'}: 12 pictures")
-    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+def test_a_zip_and_a_tar_train_as_their_folder_does(pictures, tiny_model, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "mine")
+    (folder / "circle 01.txt").unlink()
+    with (
+        zipfile.ZipFile(tmp_path / "mine.zip", "w") as zipped,
+        tarfile.open(tmp_path / "mine.tar", "w") as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            zipped.write(path, f"mine/{path.name}")
+            tar.add(path, path.name)
+    trained = {}
+    for name in ("mine", "mine.zip", "mine.tar"):
+        said: list[str] = []
+        out = tmp_path / f"style of {name}"
+        short = SHORT | {"steps": 1, "captions": "trigger", "trigger": "zkw"}
+        finetune(tmp_path / name, out, model=tiny_model, say=said.append, **short)
+        assert said[0].startswith(f"{tmp_path / name}: 12 pictures, 11 with a caption")
+        assert "no caption: circle 01.png" in said[0]
+        trained[name] = (out / WEIGHTS).read_bytes(), json.loads((out / RECORD).read_text())["data"]
+    assert trained["mine"] == trained["mine.zip"] == trained["mine.tar"]
+
+
+def test_pictures_beside_a_shard_are_refused(pictures, tiny_model, tmp_path, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "mine")
+    with tarfile.open(folder / "backup.tar", "w") as tar:
+        tar.add(pictures, ".")
+    command = ["finetune", str(folder), "--out", str(tmp_path / "out"), "--model", str(tiny_model), "--check"]
+    assert main(command) == 2
+    assert "mine holds pictures (circle 00.jpg) and a shard (backup.tar)" in capsys.readouterr().err
+    (folder / "backup.tar").rename(folder / ".backup.tar")
+    assert main(command) == 0
 
 
 def test_an_imagefolder_is_judged_on_its_own_validation_split(pictures, tiny_model, tmp_path):
@@ -334,6 +361,31 @@ def test_check_reports_and_trains_nothing(pictures, tiny_model, tmp_path, capsys
     assert main([*command, "--steps", "1"]) == 0 and contents(pictures) == before
 
 
+# ---- sheets --------------------------------------------------------------------------------------------------
+
+
+def test_sheets_show_the_base_model_s_picture_and_then_the_adapted_one(tiny_model, tmp_path):
+    objective, pipe = trained(tiny_model, FinetuneConfig(rank=2))
+    adapted = pipe("a red apple", seed=0).images[0]
+    with objective.base():
+        plain = pipe("a red apple", seed=0).images[0]
+        latent = pipe.vae.encode(torch.rand(1, 4, 32, 32))[0].detach()
+    sets = dict.fromkeys(("validation", "seen", "own"), [{"key": "a", "latent": latent, "captions": ["a"]}])
+    Judge(pipe, objective, sets, ["a red apple"], tmp_path).draw(3)
+    with Image.open(tmp_path / "samples" / "0000003.png") as sheet:
+        drawn = pixels(sheet)
+    labels = ["a red apple", "step 3"]
+    far = {}
+    for name, pair in {
+        "right": (plain, adapted),
+        "base twice": (plain, plain),
+        "turned": (adapted, plain),
+    }.items():
+        sheet = contact_sheet(pair, labels, columns=2, cell=SHEET_CELL)
+        far[name] = np.abs(drawn - pixels(sheet)).max()
+    assert far["right"] <= 2 and min(far["base twice"], far["turned"]) > 8
+
+
 # ---- presets -------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +398,21 @@ def test_presets_load_and_the_command_knows_them():
     assert settings.METHODS == METHODS and settings.PRESETS == PRESETS and "trigger" in CHOICES
     with pytest.raises(ValueError, match="unknown preset"):
         load_preset("phone")
+
+
+def test_the_gpu_preset_trains_on_a_cpu_too(pictures, tiny_model, tmp_path):
+    """With all its settings but the device, the steps and, the tiny model being narrow, the rank."""
+    out, small = tmp_path / "style", {"steps": 1, "rank": 2, "device": "cpu"}
+    cfg = configure(pictures, out, preset="gpu", model=str(tiny_model), prompts=["a red apple"], **small)
+    run(cfg)
+    preset = load_preset("gpu").trainer
+    assert (cfg.trainer.batch_size, cfg.trainer.lr, cfg.trainer.ema) == (
+        preset.batch_size,
+        preset.lr,
+        preset.ema,
+    )
+    last = lines(out)[-1]
+    assert (last["step"], last["samples"]) == (1, preset.batch_size) and last["change"] > 0
 
 
 # ---- many processes ------------------------------------------------------------------------------------------

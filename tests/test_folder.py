@@ -12,7 +12,7 @@ from diffusionfm.data.folder import (
     FolderDataset,
     held_out_captions,
     pack_folder,
-    preflight,
+    scan,
     square,
 )
 from diffusionfm.data.reader import ShardDataset
@@ -156,7 +156,7 @@ def test_missing_captions_refused_skipped_or_named(folder):
     named = FolderDataset(folder, captions="name")
     assert [s["caption"] for s in named] == ["an a", "b", "red apple big"]
     assert (
-        preflight(folder)[0].missing
+        scan(folder)[0].missing
         == named.report.missing
         == ["b.JPG", "more/0001.webp", "more/redApple_big-02.gif"]
     )
@@ -181,7 +181,7 @@ def test_unreadable_empty_and_equal_pictures_are_named_and_left_out(folder):
     Image.new("RGBA", (9, 9)).save(folder / "clear.png")
     (folder / "again.png").write_bytes((folder / "a.png").read_bytes())
     (folder / ".hidden.png").write_bytes(b"")
-    report, samples = preflight(folder)
+    report, samples = scan(folder)
     assert len(samples) == 4
     assert (report.found, [name for name, _ in report.unreadable]) == (8, ["bad.png", "clear.png", "cut.png"])
     assert report.duplicates == [("again.png", "a.png")] or report.duplicates == [("a.png", "again.png")]
@@ -195,6 +195,22 @@ def test_folders_without_pictures(tmp_path):
         FolderDataset(tmp_path)
     with pytest.raises(ValueError, match="size is 5"):
         FolderDataset(tmp_path, size=5)
+
+
+def test_names_that_are_not_utf_8_are_told_by_their_escapes(folder, tmp_path):
+    caption_all(folder)
+    picture(7).save(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    (folder / os.fsdecode(b"cut\xe9.png")).write_bytes(b"no picture")
+    (folder / os.fsdecode(b"x.d\xe9")).write_bytes(b"x")
+    dataset = FolderDataset(folder, captions="name")
+    [named] = [sample for sample in dataset if sample["meta"]["caption_from"] == "name"]
+    assert (named["caption"], named["meta"]["name"]) == ("caf", "caf\\udce9.png")
+    assert dataset.report.missing == ["caf\\udce9.png"] and dataset.report.other == {".d\\udce9": 1}
+    assert dataset.report.unreadable[0][0] == "cut\\udce9.png"
+    for text in (str(dataset.report), json.dumps(dataset.report.as_dict(), ensure_ascii=False)):
+        assert text.encode()
+    pack_folder(folder, tmp_path / "shards", captions="name")
+    assert named["meta"]["name"] in {ShardDataset(tmp_path / "shards").meta(i)["name"] for i in range(5)}
 
 
 def test_exif_rotation(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,10 +15,18 @@ from PIL import Image, ImageDraw
 
 from diffusionfm.data import archive
 from diffusionfm.data.archive import as_folder
-from diffusionfm.data.captions import TRIGGER
-from diffusionfm.data.folder import FolderDataset, pack_folder, preflight, square
+from diffusionfm.data.captions import CHOICES, TRIGGER
+from diffusionfm.data.folder import (
+    FolderDataset,
+    PictureDataset,
+    first_samples,
+    pack_folder,
+    scan,
+    scan_shards,
+    square,
+)
 from diffusionfm.data.language import UNTOLD, language_of
-from diffusionfm.data.preflight import examine_shards, preflight_sheet
+from diffusionfm.data.preflight import preflight_sheet
 from diffusionfm.data.reader import ShardDataset
 
 
@@ -100,7 +109,7 @@ def test_the_report_tells_sizes_transparency_duplicates_and_languages(tmp_path):
     (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes())
     (tmp_path / "cut.png").write_bytes(png(blob(5))[:90])
     (tmp_path / "photo.heic").write_bytes(b"x")
-    report, samples = preflight(tmp_path, size=64)
+    report, pictures = scan(tmp_path, size=64)
     assert (report.found, report.captioned, report.missing) == (6, 4, [])
     assert [name for name, _ in report.unreadable] == ["cut.png"]
     assert report.duplicates == [("e.png", "a.png")] and report.near == [("d.png", "a.png")]
@@ -113,16 +122,84 @@ def test_the_report_tells_sizes_transparency_duplicates_and_languages(tmp_path):
     for words in ("6 pictures, 4 with", "near duplicate: d.png looks like a.png", "not read: 1 .heic files"):
         assert words in text
     assert json.loads(json.dumps(report.as_dict()))["near"] == [["d.png", "a.png"]]
-    assert preflight_sheet(samples).width > 4 * 128
+    assert preflight_sheet(first_samples(pictures, 64)).width > 4 * 128
 
 
 def test_shards_get_the_same_report(tmp_path):
     for k in range(3):
         save(tmp_path / "mine", f"{k}.png", blob(k), f"the picture of {k}")
     pack_folder(tmp_path / "mine", tmp_path / "shards", size=32)
-    report, samples = examine_shards(ShardDataset(tmp_path / "shards"), 64)
-    assert (report.found, report.captioned, report.enlarged, len(samples)) == (3, 3, 3, 3)
+    report, pictures = scan_shards(tmp_path / "shards", 64)
+    assert (report.found, report.captioned, report.enlarged, len(pictures)) == (3, 3, 3, 3)
     assert report.origins == {"shards": 3} and report.transparent == 3
+    assert [(p.name, p.heldout) for p in pictures] == [("0.png", False), ("1.png", True), ("2.png", False)]
+
+
+@pytest.fixture
+def folder_and_tar(tmp_path):
+    """(a folder with all that may be wrong with one, the same files as a tar)."""
+    folder = tmp_path / "mine"
+    save(folder, "cats/red_cat.png", blob(0))
+    fox = blob(1, (200, 200))
+    save(folder, "fox.png", fox, "a fox\n of its own")
+    save(folder, "fox_again.png", fox, "the same fox")
+    save(folder, "fox_far.png", fox.resize((180, 180), Image.Resampling.LANCZOS), "a fox")
+    save(folder, "kept/007.png", blob(2))
+    save(folder, "nothing.png", Image.new("RGBA", (9, 9)), "nothing")
+    (folder / "cut.png").write_bytes(png(blob(5))[:90])
+    save(folder, "nul.png", blob(3), "a \0")
+    (folder / "photo.heic").write_bytes(b"x")
+    with tarfile.open(tmp_path / "mine.tar", "w") as file:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            file.add(path, path.relative_to(folder).as_posix())
+    return folder, tmp_path / "mine.tar"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choices_and_report_mean_the_same_for_a_tar_as_for_its_folder(folder_and_tar, choice):
+    sets, errors = [], []
+    for look, path in zip((scan, scan_shards), folder_and_tar, strict=True):
+        report, pictures = look(path, 64, choice)
+        assert report.missing == ["cats/red_cat.png", "kept/007.png"] and report.other == {".heic": 1}
+        assert report.duplicates == [("fox_again.png", "fox.png")]
+        assert report.near == [("fox_far.png", "fox.png")]
+        assert [name for name, _ in report.unreadable] == ["cut.png", "nothing.png", "nul.png"]
+        try:
+            dataset = PictureDataset(report, pictures, 64, choice)
+            sets.append([(s["caption"], s["meta"]["name"]) for s in dataset])
+        except ValueError as error:
+            errors.append(str(error).replace(str(path), "SET"))
+    given = {"name": ["red cat"], "folder": ["cats", "kept"], "trigger": [TRIGGER] * 2}.get(choice, [])
+    assert len(sets) == 2 * (choice != "refuse") and sets[1:] == sets[:1]
+    assert all([c for c, _ in told if c not in ("a fox", "a fox of its own")] == given for told in sets)
+    assert len(errors) == 2 * (choice == "refuse") and errors[1:] == errors[:1]
+    assert all("2 of 8 pictures in SET have no caption (cats/red_cat.png, kept/007.png)" in e for e in errors)
+
+
+def test_a_tar_without_captions_and_members_that_are_not_read(tmp_path):
+    for name in ("red_cat.png", "blue_dog.jpg", "old.gif", "more/old.gif"):
+        save(tmp_path / "mine", name, blob(len(name)).convert("RGB"))
+    save(tmp_path / "mine", "told.png", blob(9))
+    told = {"captions": ["a told thing", "told"], "name": "told", "split": "heldout"}
+    (tmp_path / "mine/told.json").write_text(json.dumps(told))
+    (tmp_path / "mine/old.txt").write_text("an old thing")
+    with tarfile.open(tmp_path / "mine.tar", "w") as file:
+        file.add(tmp_path / "mine", ".")
+    report, pictures = scan_shards(tmp_path / "mine.tar", 64, "name")
+    dataset = PictureDataset(report, pictures, 64, "name")
+    captions = {sample["meta"]["name"]: sample["meta"]["captions"] for sample in dataset}
+    assert captions == {
+        "./red_cat.png": ["red cat"],
+        "./blue_dog.jpg": ["blue dog"],
+        "told": ["a told thing", "told"],
+    }
+    assert report.origins == {"file names": 2, "shards": 1} and [p.heldout for p in pictures].count(True) == 1
+    for words in ("unreadable: mine.tar: ./old: no picture", "not read: 2 .gif files"):
+        assert words in str(report)
+    with tarfile.open(tmp_path / "gifs.tar", "w") as file:
+        file.add(tmp_path / "mine/old.gif", "old.gif")
+    with pytest.raises(ValueError, match=r"no usable sample .* 1 \.gif members are not read"):
+        scan_shards(tmp_path / "gifs.tar")
 
 
 def test_alike_shapes_in_other_colours_are_no_duplicates(tmp_path):
@@ -130,7 +207,7 @@ def test_alike_shapes_in_other_colours_are_no_duplicates(tmp_path):
         picture = Image.new("RGBA", (40, 40))
         ImageDraw.Draw(picture).ellipse((8, 8, 30, 30), fill=color)
         save(tmp_path, f"{color}.png", picture, color)
-    assert preflight(tmp_path)[0].near == []
+    assert scan(tmp_path)[0].near == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +250,7 @@ def test_huge_pictures_are_refused_by_their_header(tmp_path, side):
     data = bomb(side, side)
     assert len(data) < 100_000
     (tmp_path / "bomb.png").write_bytes(data)
-    report, samples = preflight(tmp_path)
+    report, samples = scan(tmp_path)
     assert samples == [] and report.unreadable[0][0] == "bomb.png"
     assert "pixel" in report.unreadable[0][1].lower()
 
@@ -277,6 +354,18 @@ def test_a_zip_may_not_unpack_to_more_than_fits(tmp_path, monkeypatch):
         pass
 
 
+def test_many_small_members_may_not_grow_beyond_measure_together(tmp_path, monkeypatch):
+    path = pack(tmp_path / "mine.zip", {f"{k}.txt": bytes(100_000) for k in range(20)})
+    with as_folder(path) as folder:
+        assert len(list(folder.iterdir())) == 20
+    monkeypatch.setattr(archive, "MAX_PLAIN_SUM", 1_000_000)
+    with (
+        pytest.raises(ValueError, match="unpacks to 2,000,000 bytes from .* no pictures do"),
+        as_folder(path),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["nowhere", "notes.pdf", "gone.tar"])
 def test_what_is_no_set_of_pictures(tmp_path, name):
     (tmp_path / "notes.pdf").write_bytes(b"x")
@@ -287,5 +376,5 @@ def test_what_is_no_set_of_pictures(tmp_path, name):
 def test_one_pixel_and_one_line(tmp_path):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.tif")
     Image.new("LA", (3000, 1), (9, 200)).save(tmp_path / "line.png")
-    assert len(preflight(tmp_path, captions="name")[1]) == 2
+    assert len(scan(tmp_path, choice="name")[1]) == 2
     assert square(Image.new("RGBA", (1, 1), "red"), 32).getpixel((16, 16)) == (255, 0, 0, 255)

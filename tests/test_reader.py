@@ -127,6 +127,21 @@ def test_sizes_by_metadata_or_header(tmp_path):
         ShardDataset(tmp_path / "1.tar").sizes()
 
 
+def test_pictures_are_turned_upright_by_their_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    stored = picture(0).resize((8, 4))
+    members = []
+    for form in ("PNG", "JPEG", "WEBP"):
+        file = io.BytesIO()
+        stored.convert("RGB").save(file, form, exif=exif)
+        members += [(f"{form}.{form.lower()}", file.getvalue()), (f"{form}.txt", b"a")]
+    dataset = ShardDataset(tar(tmp_path / "0.tar", members))
+    assert dataset.sizes().tolist() == [[4, 8]] * 3 and {s["picture"].size for s in dataset} == {(4, 8)}
+    turned = stored.transpose(Image.Transpose.ROTATE_270).convert("RGB")
+    assert np.array_equal(np.array(dataset[0]["picture"].convert("RGB")), np.array(turned))
+
+
 def test_missing_shards(tmp_path):
     for paths, words in (
         (tmp_path, "no shards"),

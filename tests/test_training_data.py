@@ -12,6 +12,8 @@ from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.shards import ShardWriter
 from diffusionfm.data.training import (
     DataConfig,
+    all_captions,
+    captions_of,
     choose_caption,
     collate_pictures,
     fixed_samples,
@@ -47,6 +49,23 @@ def by_key(folder, **keys) -> dict[str, float]:
     weights = sample_weights(dataset, DataConfig(shards=str(folder), **keys))
     assert weights is not None
     return {dataset.key(i): weight for i, weight in enumerate(weights.tolist())}
+
+
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [
+        (["a red fox", "fox"], ["a red fox", "fox"]),
+        ("a red fox", ["by .txt"]),  # no list: its letters are no captions
+        ([{"id": 7, "caption": "a red fox"}], ["by .txt"]),  # as COCO has them
+        (["", "a red fox", None], ["a red fox"]),
+        ([], ["by .txt"]),
+        (None, ["by .txt"]),
+    ],
+)
+def test_captions_are_the_texts_that_the_json_lists_or_else_the_txt(tmp_path, told, read):
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", picture(0), "by .txt", {"captions": told, "split": "train"})
+    assert captions_of(ShardDataset(tmp_path)[0]) == all_captions(str(tmp_path)) == read
 
 
 @pytest.mark.parametrize("with_parquet", [True, False])

@@ -19,6 +19,7 @@ MAX_MEMBERS = 200_000
 MAX_BYTES = 16 * 2**30  # of all that is unpacked
 MAX_RATIO = 200  # a member of over MAX_PLAIN bytes may grow so many times; pictures are compressed already
 MAX_PLAIN = 2**24
+MAX_PLAIN_SUM = 2**30  # likewise of all that is unpacked, beside the whole archive
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
 
 
@@ -89,6 +90,9 @@ def _wanted(archive: zipfile.ZipFile, path: Path, folder: Path, most: int) -> di
         raise ValueError(
             f"{path} unpacks to {total:,} bytes: at most {min(most, room):,} fit; unpack it yourself"
         )
+    packed = path.stat().st_size  # and not the sum of what members tell: they may share their bytes
+    if total > MAX_PLAIN_SUM and total > MAX_RATIO * packed:
+        raise ValueError(f"{path} unpacks to {total:,} bytes from {packed:,}: no pictures do; it is refused")
     return wanted
 
 

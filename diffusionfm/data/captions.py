@@ -56,10 +56,11 @@ def text_beside(folder: Path, picture: Path) -> str:
         return ""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path.name} is a link that leads outside the folder")
-    return _caption(_read_text(path), path.name)
+    return clean_caption(_read_text(path), path.name)
 
 
-def _caption(text: str, what: str) -> str:
+def clean_caption(text: str, what: str) -> str:
+    """A caption on one line. ValueError, which begins with `what`, for what no prompt may be."""
     return " ".join(check_prompt(text, what).split())
 
 
@@ -107,7 +108,7 @@ def _pair(folder: Path, path: Path, line: int, row: dict[str, Any]) -> tuple[str
     if not isinstance(caption, str):
         raise ValueError(f"{where}: the caption must be text")
     inner = path.parent.relative_to(folder).as_posix()
-    return plain_name(folder, name, where, inner), _caption(caption, f"{where}: the caption")
+    return plain_name(folder, name, where, inner), clean_caption(caption, f"{where}: the caption")
 
 
 def plain_name(folder: Path, name: str, where: str, inner: str = ".") -> str:

@@ -1,11 +1,13 @@
-"""A user's own pictures: a folder with .txt files, metadata.jsonl or a CSV, checked, packed into shards."""
+"""A user's own pictures: a folder with .txt files, metadata.jsonl or a CSV, or shards, checked; a folder packed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from PIL import Image
 
 from diffusionfm.data import captions as caption_sources
 from diffusionfm.data.icons.sources import share
-from diffusionfm.data.preflight import SHOWN, Preflight, Usable, examine, other_files
+from diffusionfm.data.preflight import SHOWN, Preflight, Usable, examine, printable
+from diffusionfm.data.reader import PICTURES, ShardDataset, told_captions
 from diffusionfm.data.shards import ShardWriter
 from diffusionfm.inputs import DECODE_ERRORS, contain, read_picture
 
@@ -23,18 +26,63 @@ NOTES = {".txt", ".jsonl", ".csv", ".md"}  # files beside pictures that nobody m
 Progress = Callable[[int, int], None]
 
 
-class FolderDataset:
-    """The captioned pictures of a folder (and its sub-folders) as samples, like those of ShardDataset.
+class PictureDataset:
+    """Captioned pictures that `scan` or `scan_shards` found, as samples like those of ShardDataset.
+
+    size: side in pixels of the square RGBA picture made of each, turned as EXIF says, padded transparently.
+    captions: what was done about pictures without one: "refuse" (ValueError that names them), "skip", "name" or
+        "folder" (the words of the file's or the folder's name), or "trigger" ("[trigger]", for fine-tuning).
+
+    `report`, a Preflight, names what is left out: unreadable pictures, duplicates. ValueError, with the fix, where
+    no picture with a caption is left.
+    """
+
+    def __init__(self, report: Preflight, pictures: Sequence[Usable], size: int, captions: str) -> None:
+        if captions == "refuse" and report.missing:
+            raise ValueError(
+                f"{len(report.missing)} of {report.found} pictures in {report.folder} have no caption "
+                f"({_some(report.missing)}); write NAME.txt beside each, or choose captions skip, name, "
+                "folder or trigger"
+            )
+        self.report = report
+        self.size = size
+        self.pictures = [picture for picture in pictures if picture.caption]
+        if not self.pictures:
+            wrong = [f"{name}: {reason}" for name, reason in report.unreadable] + report.missing
+            raise ValueError(
+                f"{report.folder} has no usable picture with a caption ({_some(wrong) or 'no pictures'}); "
+                "put .png, .jpg or .webp files there, and captions beside them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """{"key", "picture" (RGBA, size x size), "caption", "meta" (name, caption_from, captions, split)} of one."""
+        return sample_of(self.pictures[i], i, self.size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each picture, in order."""
+        return [picture.caption for picture in self.pictures]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the set itself keeps pictures from training."""
+        return any(picture.heldout for picture in self.pictures)
+
+
+class FolderDataset(PictureDataset):
+    """The captioned pictures of a folder (and its sub-folders).
 
     folder: pictures with a .txt of the same name beside each; or metadata.jsonl (file_name, text or caption),
         or metadata.csv, or the only CSV there is, with such columns; or Hugging Face's imagefolder, with such a
         file in train/, whose validation/ or test/ become the split "heldout". A metadata caption goes before a .txt.
-    size: side in pixels of the square RGBA picture made of each, turned as EXIF says, padded transparently.
-    captions: what to do about pictures without one: "refuse" (ValueError that names them), "skip", "name" or
-        "folder" (the words of the file's or the folder's name), or "trigger" ("[trigger]", for fine-tuning).
 
-    `report`, a Preflight, names what is left out: unreadable pictures, duplicates. ValueError, with the fix,
-    for a folder without usable pictures and for metadata that cannot be read or leads outside the folder.
+    The rest is as of PictureDataset; ValueError too for metadata that cannot be read or leads outside the folder.
     """
 
     def __init__(
@@ -50,52 +98,7 @@ class FolderDataset:
             )
         if not 8 <= size <= 4096:
             raise ValueError(f"size is {size}; it must be from 8 to 4096 pixels")
-        self.folder = Path(folder)
-        self.size = size
-        self.report, pictures = scan(self.folder, size, captions, progress)
-        if captions == "refuse" and self.report.missing:
-            raise ValueError(
-                f"{len(self.report.missing)} of {self.report.found} pictures in {folder} have no caption "
-                f"({_some(self.report.missing)}); write NAME.txt beside each, or choose captions skip, name, "
-                "folder or trigger"
-            )
-        self._samples = [picture for picture in pictures if picture.caption]
-        if not self._samples:
-            wrong = [f"{name}: {reason}" for name, reason in self.report.unreadable] + self.report.missing
-            raise ValueError(
-                f"{folder} has no usable picture with a caption ({_some(wrong) or 'no pictures'}); "
-                f"put {', '.join(sorted(SUFFIXES))} files there, and captions beside them"
-            )
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"key", "picture" (RGBA, size x size), "caption", "meta" (name, caption_from, split)} of picture i."""
-        return sample_of(self.folder, self._samples[i], i, self.size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
-
-    @property
-    def captions(self) -> list[str]:
-        """The caption of each picture, in order."""
-        return [picture.caption for picture in self._samples]
-
-    @property
-    def has_held_out(self) -> bool:
-        """Whether the folder itself keeps pictures from training."""
-        return any(picture.heldout for picture in self._samples)
-
-
-def preflight(
-    folder: str | os.PathLike, size: int = 128, captions: str = "refuse", progress: Progress | None = None
-) -> tuple[Preflight, list[dict[str, Any]]]:
-    """The report on a folder as FolderDataset would use it, and its first pictures as samples, captioned or not.
-
-    Every picture is decoded; missing captions are only reported. Errors as FolderDataset's about metadata."""
-    report, pictures = scan(Path(folder), size, captions, progress)
-    return report, [sample_of(Path(folder), picture, i, size) for i, picture in enumerate(pictures[:SHOWN])]
+        super().__init__(*scan(Path(folder), size, captions, progress), size, captions)
 
 
 def pack_folder(
@@ -152,74 +155,118 @@ def hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def sample_of(folder: Path, picture: Usable, i: int, size: int) -> dict[str, Any]:
-    """A usable picture as FolderDataset gives it, `i` being its place."""
-    meta = {"name": picture.name, "caption_from": picture.origin, "captions": [picture.caption]}
+def sample_of(picture: Usable, i: int, size: int) -> dict[str, Any]:
+    """A usable picture as PictureDataset gives it, `i` being its place."""
+    captions = [picture.caption, *picture.more]
+    meta = {"name": picture.name, "caption_from": picture.origin, "captions": captions}
     return {
         "key": f"{i:08d}",
-        "picture": square(read_picture(folder / picture.name), size),
+        "picture": square(picture.read(), size),
         "caption": picture.caption,
         "meta": meta | {"split": "heldout" if picture.heldout else "train"},
     }
 
 
+def first_samples(pictures: Sequence[Usable], size: int) -> list[dict[str, Any]]:
+    """As many of the pictures as a contact sheet shows, captioned or not."""
+    return [sample_of(picture, i, size) for i, picture in enumerate(pictures[:SHOWN])]
+
+
+# ---- looking through ------------------------------------------------------------------------------------------
+
+
 def scan(
-    folder: Path, size: int, choice: str, progress: Progress | None = None
+    folder: Path, size: int = 128, choice: str = "refuse", progress: Progress | None = None
 ) -> tuple[Preflight, list[Usable]]:
     """The report on a folder, and the pictures that can be decoded, each once, in name order, captioned where possible.
 
-    choice: see FolderDataset; nothing is refused."""
+    choice: `captions` of PictureDataset; nothing is refused. ValueError for metadata as of FolderDataset."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of pictures and captions")
     table = caption_sources.tables(folder)
     inside = (path for path in folder.rglob("*") if not hidden(path.relative_to(folder)))
     files = sorted(path for path in inside if path.is_file())
     names = sorted(p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in SUFFIXES)
-    report = Preflight(str(folder), found=len(names), absent=sorted(set(table) - set(names)))
-    report.other = other_files(files, SUFFIXES | NOTES)
+    report = Preflight(str(folder), found=len(names))
+    report.absent = [printable(name) for name in sorted(set(table) - set(names))]
+    suffixes = Counter(printable(path.suffix.lower()) or "(no suffix)" for path in files)
+    report.other = {suffix: n for suffix, n in suffixes.most_common() if suffix not in SUFFIXES | NOTES}
     heldout = caption_sources.held_out(names)
+    looks = [(name, partial(_look, folder, name, table, name in heldout)) for name in names]
+    return report, _survey(report, looks, size, choice, progress)
+
+
+def scan_shards(path: Path, size: int = 128, choice: str = "refuse") -> tuple[Preflight, list[Usable]]:
+    """The same of a shard, or of a folder of shards, in their order; the name of a sample without one is its key."""
+    dataset = ShardDataset(path, needs=("picture",))
+    report = Preflight(str(path), found=len(dataset))
+    for problem in dataset.problems:
+        shard, _, reason = problem.partition(": ")
+        report.unreadable.append((shard, reason))
+    report.other = {f".{kind}" if kind else "(no suffix)": n for kind, n in dataset.ignored.most_common()}
+    looks = [(_member_name(dataset, i), partial(_look_into, dataset, i)) for i in range(len(dataset))]
+    return report, _survey(report, looks, size, choice)
+
+
+def _survey(
+    report: Preflight,
+    looks: Sequence[tuple[str, Callable[[], tuple[str, Usable]]]],
+    size: int,
+    choice: str,
+    progress: Progress | None = None,
+) -> list[Usable]:
+    """Take every look, (a name, what gives digest and picture), and fill in the report; what `scan` returns."""
     pictures: list[Usable] = []
     seen: dict[str, str] = {}
-    for i, name in enumerate(names):
+    for i, (name, look) in enumerate(looks):
         if progress:
-            progress(i + 1, len(names))
+            progress(i + 1, len(looks))
         try:
-            digest, picture = _look(folder, name, table, seen, name in heldout)
+            digest, picture = look()
         except DECODE_ERRORS as error:
-            report.unreadable.append((name, str(error).replace(f"{folder}{os.sep}", "")))
+            reason = str(error).replace(f"{report.folder}{os.sep}", "")
+            report.unreadable.append((printable(name), printable(reason)))
             continue
-        if picture is None:
-            report.duplicates.append((name, seen[digest]))
+        if digest in seen:
+            report.duplicates.append((picture.name, seen[digest]))
             continue
-        seen[digest] = name
+        seen[digest] = picture.name
         report.captioned += bool(picture.caption)
         if not picture.caption:
-            report.missing.append(name)
+            report.missing.append(picture.name)
             caption = caption_sources.caption_for(name, choice)
             picture = replace(picture, caption=caption, origin=choice if caption else "")
         pictures.append(picture)
     report.describe(pictures, size)
-    return report, pictures
+    return pictures
 
 
-def _look(
-    folder: Path, name: str, table: dict[str, tuple[str, str]], seen: dict[str, str], heldout: bool
-) -> tuple[str, Usable | None]:
-    """(digest of the file, the picture with its own caption or "", or None for one that was seen before)."""
+def _look(folder: Path, name: str, table: dict[str, tuple[str, str]], heldout: bool) -> tuple[str, Usable]:
+    """(digest of the file, the picture with its own caption or "")."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("a link that leads outside the folder")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest in seen:
-        return digest, None
-    picture = read_picture(path)
-    if picture.getchannel("A").getbbox() is None:
-        raise ValueError("nothing but transparency")
     caption, origin = table.get(name, ("", ""))
     if not caption:
         caption, origin = caption_sources.text_beside(folder, path), "txt"
-    return digest, examine(name, picture, caption, origin, heldout)
+    return digest, examine(name, partial(read_picture, path), [caption], origin, heldout)
+
+
+def _look_into(dataset: ShardDataset, i: int) -> tuple[str, Usable]:
+    """(digest of the picture's bytes, sample i of shards with its own captions or "")."""
+    members, meta = dataset.raw(i), dataset.meta(i)
+    digest = hashlib.sha256(next(members[kind] for kind in PICTURES if kind in members)).hexdigest()
+    told = told_captions(meta) or [members.get("txt", b"").decode("utf-8-sig")]
+    captions = [caption_sources.clean_caption(text, "the caption") for text in told]
+    name, heldout = str(meta.get("name") or _member_name(dataset, i)), meta.get("split") == "heldout"
+    return digest, examine(name, lambda: dataset.read(i)["picture"], captions, "shards", heldout)
+
+
+def _member_name(dataset: ShardDataset, i: int) -> str:
+    """The name in its tar of the picture of sample i."""
+    return f"{dataset.key(i)}.{next(kind for kind in PICTURES if kind in dataset.members(i))}"
 
 
 def _some(names: Sequence[str]) -> str:

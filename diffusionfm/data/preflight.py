@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from diffusionfm.data.language import languages
-from diffusionfm.data.reader import ShardDataset
 from diffusionfm.images import contact_sheet
 
 LOOK = 16  # pixels a side of the picture that near duplicates are told by
@@ -32,7 +30,9 @@ FROM = {
 
 @dataclass(frozen=True)
 class Usable:
-    """A picture that can be decoded: its name in the set, caption ("" without one), and what it looks like."""
+    """A picture that can be decoded: its name in the set, caption ("" without one), and what it looks like.
+
+    `read` decodes it again, upright, RGBA."""
 
     name: str
     caption: str
@@ -40,12 +40,16 @@ class Usable:
     size: tuple[int, int]  # width, height
     transparent: bool
     look: bytes  # of LOOK x LOOK premultiplied RGBA pixels
+    read: Callable[[], Image.Image]
     heldout: bool = False
+    more: tuple[str, ...] = ()  # further captions, which only shards have
 
 
 @dataclass
 class Preflight:
-    """What a set of pictures holds. File names are relative to the folder; pairs are (name, reason or other name)."""
+    """What a set of pictures holds. Names are relative to the folder, in shards those told or of the picture's member.
+
+    Pairs are (name, reason or other name)."""
 
     folder: str
     found: int = 0
@@ -113,28 +117,33 @@ class Preflight:
         return "\n".join([*self.summary(), *self.faults()])
 
 
-def examine(name: str, picture: Image.Image, caption: str, origin: str, heldout: bool = False) -> Usable:
-    """What a decoded RGBA picture of a set is like."""
+def examine(
+    name: str, read: Callable[[], Image.Image], captions: Sequence[str], origin: str, heldout: bool = False
+) -> Usable:
+    """What a picture of a set is like. ValueError when it shows nothing, and whatever `read` raises."""
+    picture = read()
+    alpha = picture.getchannel("A")
+    if alpha.getbbox() is None:
+        raise ValueError("nothing but transparency")
     small = picture.convert("RGBa").resize((LOOK, LOOK), Image.Resampling.BOX)
-    alpha = picture.getchannel("A").histogram()
-    return Usable(name, caption, origin, picture.size, sum(alpha[:255]) > 0, small.tobytes(), heldout)
+    transparent = sum(alpha.histogram()[:255]) > 0
+    caption, *more = captions
+    return Usable(
+        printable(name),
+        caption,
+        origin,
+        picture.size,
+        transparent,
+        small.tobytes(),
+        read,
+        heldout,
+        tuple(more),
+    )
 
 
-def examine_shards(dataset: ShardDataset, size: int) -> tuple[Preflight, list[dict[str, Any]]]:
-    """The report on shards, every sample decoded, and their first samples."""
-    report = Preflight(str(dataset.paths[0].parent))
-    pictures: list[Usable] = []
-    shown: list[dict[str, Any]] = []
-    for sample in dataset:
-        name, picture = sample["meta"].get("name") or sample["key"], sample["picture"]
-        pictures.append(examine(name, picture, sample["caption"], "shards"))
-        report.captioned += bool(sample["caption"])
-        if len(shown) < SHOWN:
-            shown.append(sample)
-    report.found = len(pictures) + len(dataset.problems)
-    report.unreadable = [("a sample", problem) for problem in dataset.problems]
-    report.describe(pictures, size)
-    return report, shown
+def printable(name: str) -> str:
+    """A name as it can be written: bytes of a file's name that are no UTF-8 as their escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def near_duplicates(pictures: Sequence[Usable]) -> list[tuple[str, str]]:
@@ -165,15 +174,6 @@ def preflight_sheet(samples: Sequence[dict[str, Any]]) -> Image.Image:
     """A contact sheet of samples with their captions."""
     labels = [sample["caption"] or "(no caption)" for sample in samples]
     return contact_sheet([sample["picture"] for sample in samples], labels, columns=min(8, len(samples)))
-
-
-def other_files(paths: Iterable[Path], known: set[str]) -> dict[str, int]:
-    """How many files there are of each suffix that is not known."""
-    return dict(
-        Counter(
-            path.suffix.lower() or "(no suffix)" for path in paths if path.suffix.lower() not in known
-        ).most_common()
-    )
 
 
 def _counts(counts: dict[str, int], form: str) -> str:

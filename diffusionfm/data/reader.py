@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from diffusionfm.data.index import manifest, tar_members
 from diffusionfm.data.shards import SIZE_COLUMNS, TEXT_COLUMNS, shard_paths
@@ -71,7 +71,8 @@ class ShardDataset:
         self._index()
         if not self._samples:
             of = f" of split {split!r}" if split else ""
-            why = "; ".join(self.problems[:3]) or "none found"
+            ignored = [f"{count} .{suffix} members are not read" for suffix, count in self.ignored.items()]
+            why = "; ".join([*self.problems[:3], *ignored[:3]]) or "none found"
             raise ValueError(f"no usable sample{of} in {self.paths[0].parent}: {why}")
 
     def __len__(self) -> int:
@@ -203,9 +204,9 @@ class ShardDataset:
         extension = next(name for name in PICTURES if name in self._members(i))
         try:
             try:
-                return open_picture(self._member(i, extension, HEAD)).size
+                return _upright_size(open_picture(self._member(i, extension, HEAD)))
             except OSError:  # a long profile or thumbnail before the size
-                return open_picture(self._member(i, extension)).size
+                return _upright_size(open_picture(self._member(i, extension)))
         except DECODE_ERRORS as error:
             raise BadSample(f"{self.shard(i).name}: {self.key(i)}: {error}") from error
 
@@ -322,11 +323,25 @@ class ShardDataset:
         return ""
 
 
+def told_captions(meta: dict[str, Any]) -> list[str]:
+    """The captions that a sample's JSON lists, the fullest first; [] where it lists none, or no texts."""
+    told = meta.get("captions")
+    return [text for text in told if isinstance(text, str) and text.strip()] if isinstance(told, list) else []
+
+
 def decode_picture(data: bytes) -> Image.Image:
-    """RGBA picture from WebP, PNG or JPEG bytes, refused by its header when larger than 64 Mpixel.
+    """RGBA picture from WebP, PNG or JPEG bytes, turned upright, refused by its header when larger than 64 Mpixel.
 
     Raises one of DECODE_ERRORS (mostly OSError or ValueError) when it cannot be decoded."""
-    return to_rgba(open_picture(data))
+    picture = open_picture(data)
+    ImageOps.exif_transpose(picture, in_place=True)  # else it copies what is upright already
+    return to_rgba(picture)
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    """The size that an opened picture has once it is turned upright by its EXIF."""
+    lies = "exif" in picture.info and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (picture.height, picture.width) if lies else picture.size
 
 
 def open_picture(data: bytes) -> Image.Image:

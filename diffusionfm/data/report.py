@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusionfm.data.order import Order
-from diffusionfm.data.reader import PICTURES, BadSample, ShardDataset, decode_picture
+from diffusionfm.data.reader import PICTURES, BadSample, ShardDataset, decode_picture, told_captions
 from diffusionfm.data.shards import shard_paths
 from diffusionfm.inputs import DECODE_ERRORS
 from diffusionfm.vocabulary import learned_words
@@ -113,7 +113,7 @@ def trained_words(folder: str | os.PathLike, progress: Progress | None = None) -
     dataset = ShardDataset(folder, needs=("txt",))
     metas = enumerate(_metas(dataset, progress))
     seen = ((i, meta) for i, meta in metas if meta.get("split") != "heldout")
-    return learned_words(meta.get("captions") or [dataset.caption(i)] for i, meta in seen)
+    return learned_words(told_captions(meta) or [dataset.caption(i)] for i, meta in seen)
 
 
 def contact_sheet(dataset: ShardDataset, indices: list[int], columns: int = 8) -> Image.Image:

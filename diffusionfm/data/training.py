@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from diffusionfm.data.buckets import BucketBatches, BucketConfig, choose_shapes, commonest, crop_box, fit
 from diffusionfm.data.order import Batches
-from diffusionfm.data.reader import ShardDataset
+from diffusionfm.data.reader import ShardDataset, told_captions
 from diffusionfm.features import chosen_text, refuse_stale
 
 STYLED_SHARE = 0.3  # how often the fullest caption is read; the others share the rest evenly
@@ -51,8 +51,8 @@ def choose_caption(captions: Sequence[str], draw: int, styled: float = STYLED_SH
 
 
 def captions_of(sample: dict[str, Any]) -> list[str]:
-    """All captions of a sample, the fullest first."""
-    return sample["meta"].get("captions") or [sample["caption"]]
+    """All captions of a sample, the fullest first: those that its JSON lists, or else its .txt."""
+    return told_captions(sample["meta"]) or [sample["caption"]]
 
 
 def choose_captions(samples: list[dict[str, Any]], styled: dict[str, float]) -> list[str]:
@@ -182,7 +182,7 @@ def all_captions(shards: str) -> list[str]:
     dataset = ShardDataset(shards, split="train")
     found: dict[str, None] = {}
     for i in range(len(dataset)):
-        found.update(dict.fromkeys(dataset.meta(i).get("captions") or [dataset.caption(i)]))
+        found.update(dict.fromkeys(told_captions(dataset.meta(i)) or [dataset.caption(i)]))
     return list(found)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from diffusionfm.checkpoint import write_json, write_weights, writing
 from diffusionfm.data.captions import TRIGGER
-from diffusionfm.data.folder import FolderDataset, preflight, square
+from diffusionfm.data.folder import SUFFIXES, PictureDataset, hidden, scan, scan_shards, square
 from diffusionfm.data.order import Order
-from diffusionfm.data.preflight import SHOWN, Preflight, examine_shards, preflight_sheet
-from diffusionfm.data.reader import ShardDataset
+from diffusionfm.data.preflight import Preflight, Usable, preflight_sheet, printable
 from diffusionfm.data.training import choose_caption, pixels
 from diffusionfm.finetune.settings import PREFLIGHT, SHEET, FinetuneConfig
 from diffusionfm.images import save_png
@@ -26,7 +25,9 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.text import truncated_words
 
 Say = Callable[[str], object]
-Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
+Sample = dict[
+    str, Any
+]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
 
 MAX_HELD_OUT = 64
 SHEET_PROMPTS = 4
@@ -38,40 +39,28 @@ PRIOR_SEED = 1_000_000  # forgetting is measured on seeds from 0, prior pictures
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether pictures come as shards: a .tar, or a folder with one."""
-    return folder.suffix.lower() == ".tar" or any(folder.glob("*.tar"))
+    """Whether pictures come as shards: a .tar, or a folder with one. ValueError where pictures lie beside it."""
+    if folder.suffix.lower() == ".tar":
+        return True
+    inside = [path for path in sorted(folder.rglob("*")) if not hidden(path.relative_to(folder))]
+    tar = next((path for path in inside if path.suffix == ".tar" and path.parent == folder), None)
+    picture = next((path for path in inside if path.suffix.lower() in SUFFIXES), None)
+    if tar and picture:
+        raise ValueError(
+            f"{folder} holds pictures ({printable(picture.name)}) and a shard ({printable(tar.name)}): "
+            "move away what is not to be learned"
+        )
+    return tar is not None
 
 
-def open_pictures(
+def look_through(
     folder: Path, size: int, captions: str, shown_as: str, say: Say
-) -> tuple[FolderDataset | ShardDataset, Preflight, list[Sample]]:
-    """The captioned pictures of a folder, or of the shards in it, the report on them, said, and the first of them."""
-    if is_shards(folder):
-        shards = ShardDataset(folder)
-        report, shown = examine_shards(shards, size)
-        report.folder = shown_as
-        say(str(report))
-        return shards, report, shown
-    try:
-        dataset = FolderDataset(folder, size, captions)
-    except ValueError:
-        report, _ = preflight(folder, size, captions)
-        report.folder = shown_as
-        say(str(report))
-        raise
-    dataset.report.folder = shown_as
-    say(str(dataset.report))
-    return dataset, dataset.report, [dataset[i] for i in range(min(SHOWN, len(dataset)))]
-
-
-def look_only(folder: Path, size: int, captions: str, shown_as: str) -> tuple[Preflight, list[Sample]]:
-    """The report on pictures and the first of them, captioned or not; nothing is refused."""
-    if is_shards(folder):
-        report, shown = examine_shards(ShardDataset(folder), size)
-    else:
-        report, shown = preflight(folder, size, captions)
+) -> tuple[Preflight, list[Usable]]:
+    """The report on a folder of pictures, or on the shards in it, said, and what can be decoded; nothing is refused."""
+    report, found = (scan_shards if is_shards(folder) else scan)(folder, size, captions)
     report.folder = shown_as
-    return report, shown
+    say(str(report))
+    return report, found
 
 
 def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> None:
@@ -85,9 +74,17 @@ def write_preflight(out: Path, report: Preflight, shown: Sequence[Sample]) -> No
 
 def with_trigger(caption: str, trigger: str) -> str:
     """A caption that says the trigger: in the place of [trigger], where it is said, or else before all."""
-    if not trigger or trigger.casefold() in caption.casefold().split():
+    if not trigger:
         return caption
-    return caption.replace(TRIGGER, trigger) if TRIGGER in caption else f"{trigger}, {caption}"
+    if TRIGGER in caption:
+        return caption.replace(TRIGGER, trigger)
+    said = re.search(_as_word(trigger), caption, re.IGNORECASE)
+    return caption if said else f"{trigger}, {caption}"
+
+
+def _as_word(trigger: str) -> str:
+    """A pattern for the trigger as a word of its own, whatever marks are around it."""
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 # ---- as latents ----------------------------------------------------------------------------------------------
@@ -95,7 +92,7 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 def encode(
     pipe: DiffusionFMPipeline,
-    dataset: FolderDataset | ShardDataset,
+    dataset: PictureDataset,
     trigger: str = "",
     say: Say = print,
     batch_size: int = 16,
@@ -105,15 +102,14 @@ def encode(
     waiting: list[Tensor] = []
     digest, put_before = hashlib.sha256(), 0
     for source in dataset:
-        meta, said = source["meta"], source["meta"].get("captions") or [source["caption"]]
+        meta, said = source["meta"], source["meta"]["captions"]
         texts = [with_trigger(text, trigger) for text in said]
         if any(TRIGGER in text for text in texts):
             raise ValueError(f"captions hold {TRIGGER}: give the word that it stands for, as --trigger zkw")
         put_before += bool(trigger) and texts[0] == f"{trigger}, {said[0]}"
         waiting.append(_pixels(source["picture"], pipe.defaults["height"]))
         digest.update(waiting[-1].numpy().tobytes() + "\0".join(["", *texts, ""]).encode())
-        key, heldout = meta.get("name") or source["key"], meta.get("split") == "heldout"
-        samples.append({"key": key, "captions": texts, "heldout": heldout})
+        samples.append({"key": meta["name"], "captions": texts, "heldout": meta["split"] == "heldout"})
         if len(waiting) == batch_size:
             _flush(pipe, samples, waiting)
     _flush(pipe, samples, waiting)
@@ -173,7 +169,7 @@ def sheet_prompts(samples: list[Sample]) -> list[str]:
 
 def class_prompts(samples: list[Sample], trigger: str) -> list[str]:
     """The captions without the trigger, or without "of" it, each once: what they say of the subject's class."""
-    word = re.compile(rf"(\bof )?(?<!\w){re.escape(trigger)}(?!\w)\W*", re.IGNORECASE)
+    word = re.compile(rf"(\bof )?{_as_word(trigger)}\W*", re.IGNORECASE)
     said = [word.sub("", caption).strip() for sample in samples for caption in sample["captions"]]
     return list(dict.fromkeys(filter(None, said))) if trigger else []
 

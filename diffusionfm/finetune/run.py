@@ -15,6 +15,7 @@ from diffusionfm.checkpoint import write_json
 from diffusionfm.checks import check_model, read_defaults, read_json
 from diffusionfm.data.archive import as_folder
 from diffusionfm.data.captions import TRIGGER
+from diffusionfm.data.folder import PictureDataset, first_samples
 from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
@@ -111,10 +112,9 @@ def check(cfg: FinetuneConfig, say: Say = print) -> Preflight:
     size = read_defaults(check_model(cfg.model))["height"]
     with as_folder(cfg.data) as folder:
         check_out(out, Path(cfg.data))
-        report, shown = pictures.look_only(folder, size, cfg.captions, cfg.data)
-        say(str(report))
-        pictures.write_preflight(out, report, shown)
-        pictures.open_pictures(folder, size, cfg.captions, cfg.data, say=lambda text: None)
+        report, found = pictures.look_through(folder, size, cfg.captions, cfg.data, say)
+        pictures.write_preflight(out, report, first_samples(found, size))
+        PictureDataset(report, found, size, cfg.captions)
     return report
 
 
@@ -132,7 +132,9 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print,
     with as_folder(cfg.data) as folder:
         check_out(out, Path(cfg.data))
         size = read_defaults(source)["height"]
-        dataset, report, shown = pictures.open_pictures(folder, size, cfg.captions, cfg.data, say)
+        report, found = pictures.look_through(folder, size, cfg.captions, cfg.data, say)
+        dataset = PictureDataset(report, found, size, cfg.captions)
+        shown = first_samples(dataset.pictures, size)
         pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
         _say_language(report, say)
         known = {"base": pipe.base_hash, **cfg.signature()}

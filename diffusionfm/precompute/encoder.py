@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusionfm.checkpoint import weights_hash
-from diffusionfm.data.training import stack_pixels
+from diffusionfm.data.training import captions_of, stack_pixels
 from diffusionfm.devices import has_fast_bf16
 from diffusionfm.encoders import load_text, load_vae
 from diffusionfm.features import join_captions
@@ -68,7 +68,7 @@ class Encoder:
         """The tensors of each sample, on the CPU: "latent" (c, y, x), and "text" and "text_ends" of `join_captions`."""
         tensors = [{"latent": latent} for latent in self.latents(samples)]
         if self.cfg.text_encoder:
-            captions = [s["meta"].get("captions") or [s["caption"]] for s in samples]
+            captions = [captions_of(s) for s in samples]
             features = iter(self.texts([caption for of in captions for caption in of]))
             for stored, of in zip(tensors, captions, strict=True):
                 stored |= join_captions([next(features) for _ in of])
