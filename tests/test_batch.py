@@ -19,6 +19,7 @@ from diffusionfm.batch.rows import Rows
 from diffusionfm.formats import Finish
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.unet import DiffusionUNet
 from tests.batch_toys import PROMPTS, check, make, near, pictures, records_of
 
 # ------------------------------------------------------------------ a picture at a time
@@ -195,6 +196,17 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     fixed = make(file, tiny_pipe, out, retry_failed=True)
     assert (fixed.made, fixed.failed) == (1, 9)
     check(out, 11)
+
+
+def test_a_size_that_the_denoiser_does_not_take_fails_alone(tiny_pipe, tmp_path):
+    sizes = {"in_channels": 4, "widths": [32, 32, 32], "blocks": 1, "heads": 2, "grid": 4}
+    unet = DiffusionUNet(**sizes, text_dim=16, text_width=16, condition_dim=16)
+    pipe = DiffusionFMPipeline(**tiny_pipe.components | {"transformer": unet})
+    pipe.defaults = dict(tiny_pipe.defaults)
+    rows = [{"id": "odd", "prompt": "fish", "width": 48}, {"id": "good", "prompt": "fish"}]
+    summary = make(rows, pipe, tmp_path)
+    assert (summary.made, summary.failures) == (1, {"row": 1})
+    assert ["does not halve" in str(record["error"]) for record in check(tmp_path, 2)] == [True, False]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny_pipe, tmp_path):

@@ -95,14 +95,15 @@ class Options:
         return Wildcards(None if self.wildcards_folder is None else Path(self.wildcards_folder))
 
     def run(self, pipe: DiffusionFMPipeline) -> Run:
-        """The options with a model's defaults."""
+        """The options with a model's defaults. ValueError for what it cannot draw."""
         chosen = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
         if self.size is not None and self.width is None and self.height is None:
             chosen["width"], chosen["height"] = pipe.size_for(self.size)
-        settings = {name: pipe.defaults[name] if value is None else value for name, value in chosen.items()}
-        settings["negative_prompt"] = self.negative_prompt
+        settings = {"negative_prompt": self.negative_prompt, **pipe.settings(**chosen)}
         output = {"to": self.to, **self.finish.settings()}
-        return Run(self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only))
+        return Run(
+            self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only), pipe.settings
+        )
 
     def kernels(self) -> AbstractContextManager[Any]:
         """The same CUDA kernels each time, if so asked, rather than those found fastest; a CPU has no choice."""
