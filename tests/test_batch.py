@@ -185,7 +185,8 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     summary = make(file, tiny_pipe, out)
     assert (summary.made, summary.failed, summary.failures) == (1, 10, {"row": 10})
     records = {r["id"]: r for r in check(out, 11)}
-    assert "not JSON" in records["line-2"]["error"] and "steps must be" in records["s"]["error"]
+    (line,) = (id for id in records if id.startswith("line-2-"))
+    assert "not JSON" in records[line]["error"] and "steps must be" in records["s"]["error"]
     assert (out / "manifest.jsonl").stat().st_size < 20_000 and "NaN" not in (
         out / "manifest.jsonl"
     ).read_text()
@@ -196,6 +197,19 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     fixed = make(file, tiny_pipe, out, retry_failed=True)
     assert (fixed.made, fixed.failed) == (1, 9)
     check(out, 11)
+
+
+def test_a_mended_line_s_failure_is_forgotten_when_failures_are_tried_again(tiny_pipe, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b"\n{"prompt": "cat", "steps": 0}\n[]\n')
+    assert make(file, tiny_pipe, out).failed == 3
+    file.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b", "prompt": "x"}\n{"prompt": "cat"}\n[]\n')
+    one = make(file, tiny_pipe, out, retry_failed=True, only=["b"])
+    assert (one.made, one.failures) == (1, {"row": 3})  # the other rows were not looked at
+    all_of_them = make(file, tiny_pipe, out, retry_failed=True)
+    assert (all_of_them.made, all_of_them.failed, all_of_them.failures) == (1, 1, {"row": 1})
+    assert json.loads((out / "report.json").read_text())["failures"] == {"row": 1}
+    check(out, 4)
 
 
 def test_a_size_that_the_denoiser_does_not_take_fails_alone(tiny_pipe, tmp_path):

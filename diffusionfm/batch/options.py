@@ -37,7 +37,8 @@ class Options:
         kernels, so that a picture's bytes do not depend on its company.
     to: "folder", "webdataset" or "parquet", with `samples_per_shard` in a file. format, background, size: see
         `Finish`. metadata: pictures carry their parameters. sheets: contact sheets of 100 pictures, at most.
-    retry_failed: try failed pictures again, but for rows that are broken still.
+    retry_failed: try failed pictures again, but for rows that are broken still. What failed of rows that are no more is
+        forgotten.
     engine: "local", or "ray": `workers` of a Ray cluster draw (0: one a GPU, or else one a core), this process writes.
     """
 

@@ -98,6 +98,8 @@ class Batch:
             raise ValueError(
                 f"no row has the id {min(missing)!r}: the manifest of the whole batch tells the ids"
             )
+        if self.options.retry_failed and not self.run.only:
+            self.manifest.forget()
 
     def go(self, load_seconds: float | None, progress: bool) -> Summary:
         """Do what is to be done, and write the report, also when it is interrupted."""
