@@ -19,7 +19,7 @@ from diffusionfm.formats import Finish
 if TYPE_CHECKING:
     from diffusionfm.pipeline import DiffusionFMPipeline
 
-WORDS = 1024  # prompts whose features are kept
+WORDS = 1024  # prompts whose features are kept, or what the model cannot read of them
 
 
 @dataclass
