@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import threading
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from diffusionfm.batch.draw import Drawer
 from diffusionfm.batch.jobs import Job, groups, seed_of
 from diffusionfm.batch.manifest import Manifest
 from diffusionfm.batch.rows import Rows
+from diffusionfm.batch.run import AHEAD
+from diffusionfm.batch.stores import FolderStore
 from diffusionfm.formats import Finish
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -167,6 +171,33 @@ def test_a_call_out_of_memory_is_halved(tiny_pipe, tmp_path, monkeypatch):
     assert make(rows, tiny_pipe, tmp_path, batch_size=8).made == 12
     assert calls[:3] == [8, 4, 2] and 8 not in calls[1:]
     check(tmp_path, 12)
+
+
+def test_pictures_are_drawn_while_others_are_written_and_few_are_held(tiny_pipe, tmp_path, monkeypatch):
+    """The first group is written once AHEAD more are drawn, and no further one is; at no time are all jobs there."""
+    drawn, ahead, seen, held, alive = [], threading.Event(), [], [], []
+    draw, put = Drawer.draw, FolderStore.put
+
+    def counted(drawer, group):
+        alive.extend(weakref.ref(job) for job in group)
+        drawn.append(len(group))
+        if len(drawn) == AHEAD + 1:
+            ahead.set()
+        return draw(drawer, group)
+
+    def waiting(store, samples):
+        assert ahead.wait(60), "nothing is drawn while the first pictures are written"
+        seen.append(len(drawn))
+        held.append(sum(job() is not None for job in alive))
+        return put(store, samples)
+
+    monkeypatch.setattr(Drawer, "draw", counted)
+    monkeypatch.setattr(FolderStore, "put", waiting)
+    rows = ({"id": str(k), "prompt": "fish"} for k in range(120))
+    assert make(rows, tiny_pipe, tmp_path, batch_size=4, steps=1, guidance=1.0).made == 120
+    assert seen[0] == AHEAD + 1 and len(seen) == len(drawn) == 30
+    assert max(held) <= 4 * (AHEAD + 2)
+    check(tmp_path, 120)
 
 
 def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
