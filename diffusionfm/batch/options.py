@@ -97,7 +97,9 @@ class Options:
 
     def run(self, pipe: DiffusionFMPipeline) -> Run:
         """The options with a model's defaults. ValueError for what it cannot draw."""
-        chosen = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
+        chosen: dict[str, Any] = {
+            name: getattr(self, name) for name in ("steps", "guidance", "width", "height")
+        }
         if self.size is not None and self.width is None and self.height is None:
             chosen["width"], chosen["height"] = pipe.size_for(self.size)
         settings = {"negative_prompt": self.negative_prompt, **pipe.settings(**chosen)}
