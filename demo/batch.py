@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
+from diffusionfm.batch import jobs
 from diffusionfm.batch.options import Options
 from diffusionfm.batch.readers import FORMATS
 from diffusionfm.batch.report import SHEETS
@@ -67,20 +68,30 @@ class Tab(RunTab):
         try:
             source = _source(run, rows, file)
             command = self._command(person, run, source, settings)
-            found = Rows(source)
-            count = len(found) * int(settings["repeats"])
-            if count > MOST:
-                raise ValueError(
-                    f"{count:,} pictures: the studio draws {MOST:,}, `diffusionfm batch` any number"
-                )
-            flagged = [
-                str(row.prompt) for row in found if self.lane.models.first.safety.check(str(row.prompt))
-            ]
+            found = Rows(source, most=MOST // int(settings["repeats"]))
+            flagged = self._flagged(found, settings)
+            total = len(found) * int(settings["repeats"])
         except ValueError:
             self.runs.delete(run)
             raise
-        run.keep(flagged=flagged, rows=rows, settings=settings, total=count, command=command)
+        run.keep(flagged=flagged, rows=rows, settings=settings, total=total, command=command)
         return run
+
+    def _flagged(self, rows: Rows, settings: dict[str, Any]) -> list[str]:
+        """The prompts that are flagged, as the manifest will have them; ValueError for a picture of too much work."""
+        engine, safety = self.lane.models.engine(settings["model"]), self.lane.models.first.safety
+        usual = {"negative_prompt": "", **engine.pipe.settings()}
+        flagged = []
+        for job in jobs.Run(int(settings["seed"]), usual, {}, {}, check=engine.pipe.settings).jobs(rows):
+            if job.error:  # it will fail alone
+                continue
+            try:
+                engine.check_work(*(job.settings[name] for name in ("height", "width", "steps")))
+            except ValueError as error:
+                raise ValueError(f"row {job.id}: {error}") from error
+            if safety.check(job.prompt):
+                flagged.append(job.prompt)
+        return flagged
 
     def _command(self, person: str, run: Run, source: Path, settings: dict[str, Any]) -> Command:
         """The command line that draws the rows."""

@@ -91,9 +91,14 @@ def check_prompt(prompt: Any, name: str = "prompt") -> str:
         raise ValueError(f"{name} has {len(prompt):,} characters: shorten it to {PROMPT_LENGTH:,} or fewer")
     if "\0" in prompt:
         raise ValueError(f"{name} holds a NUL character, which no text has: remove it")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):
+    if not is_unicode(prompt):
         raise ValueError(f"{name} is not valid Unicode (a lone surrogate): save the text as UTF-8")
     return prompt
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no lone surrogate."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def check_settings(

@@ -6,7 +6,7 @@ Axes: b pictures in one network call, l tokens, d text width, c channels, y x ro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -352,22 +352,31 @@ class Painter:
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
         return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
 
-    def advice(self, tasks: Sequence[Task], loras: Iterable[str] = ()) -> list[str]:
+    def advice(self, tasks: Sequence[Task], loras: Collection[str] = ()) -> list[str]:
         """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
 
         loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
         from any thread."""
         found = []
         for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
-            lost = truncated_words(self.tokenizer, prompt)
+            lost, words = self.unread(prompt, loras)
             if lost:
                 found.append(
                     f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "
                     f"left out: {_ends(lost)!r}"
                 )
-            if self.vocabulary is not None and not list(loras):
-                found += self.vocabulary.advice(prompt.removesuffix(lost))
+            if self.vocabulary is not None:
+                found += self.vocabulary.advice(words)
         return list(dict.fromkeys(found))
+
+    def unread(self, prompt: str, loras: Collection[str] = ()) -> tuple[str, list[str]]:
+        """The end of a prompt that the text encoder cannot read, and the words before it that it never learned.
+
+        loras: as in `advice`."""
+        lost = truncated_words(self.tokenizer, prompt)
+        if self.vocabulary is None or loras:
+            return lost, []
+        return lost, self.vocabulary.unknown(prompt.removesuffix(lost))
 
 
 # ------------------------------------------------------------------ parts of a call

@@ -42,10 +42,10 @@ class Vocabulary:
         words = dict.fromkeys(words_in(prompt))
         return [word for word in words if word not in SMALL_WORDS and not _forms(word) & self._rank.keys()]
 
-    def advice(self, prompt: str) -> list[str]:
-        """A sentence for every word of a prompt that the model never learned."""
+    def advice(self, words: Iterable[str]) -> list[str]:
+        """A sentence for each of some words that the model never learned."""
         found = []
-        for word in self.unknown(prompt):
+        for word in words:
             near = self.near(word)
             instead = f"; near ones: {', '.join(near)}" if near else ""
             found.append(f"the model never learned the word {word!r}{instead}")

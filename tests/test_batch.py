@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import threading
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ from diffusionfm.batch.draw import Drawer
 from diffusionfm.batch.jobs import Job, groups, seed_of
 from diffusionfm.batch.manifest import Manifest
 from diffusionfm.batch.rows import Rows
+from diffusionfm.batch.run import AHEAD
+from diffusionfm.batch.stores import FolderStore
 from diffusionfm.formats import Finish
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
+from diffusionfm.unet import DiffusionUNet
 from tests.batch_toys import PROMPTS, check, make, near, pictures, records_of
 
 # ------------------------------------------------------------------ a picture at a time
@@ -168,6 +173,33 @@ def test_a_call_out_of_memory_is_halved(tiny_pipe, tmp_path, monkeypatch):
     check(tmp_path, 12)
 
 
+def test_pictures_are_drawn_while_others_are_written_and_few_are_held(tiny_pipe, tmp_path, monkeypatch):
+    """The first group is written once AHEAD more are drawn, and no further one is; at no time are all jobs there."""
+    drawn, ahead, seen, held, alive = [], threading.Event(), [], [], []
+    draw, put = Drawer.draw, FolderStore.put
+
+    def counted(drawer, group):
+        alive.extend(weakref.ref(job) for job in group)
+        drawn.append(len(group))
+        if len(drawn) == AHEAD + 1:
+            ahead.set()
+        return draw(drawer, group)
+
+    def waiting(store, samples):
+        assert ahead.wait(60), "nothing is drawn while the first pictures are written"
+        seen.append(len(drawn))
+        held.append(sum(job() is not None for job in alive))
+        return put(store, samples)
+
+    monkeypatch.setattr(Drawer, "draw", counted)
+    monkeypatch.setattr(FolderStore, "put", waiting)
+    rows = ({"id": str(k), "prompt": "fish"} for k in range(120))
+    assert make(rows, tiny_pipe, tmp_path, batch_size=4, steps=1, guidance=1.0).made == 120
+    assert seen[0] == AHEAD + 1 and len(seen) == len(drawn) == 30
+    assert max(held) <= 4 * (AHEAD + 2)
+    check(tmp_path, 120)
+
+
 def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     file = tmp_path / "rows.jsonl"
     good = '{"id": "good", "prompt": "fish"}\n'
@@ -184,7 +216,8 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     summary = make(file, tiny_pipe, out)
     assert (summary.made, summary.failed, summary.failures) == (1, 10, {"row": 10})
     records = {r["id"]: r for r in check(out, 11)}
-    assert "not JSON" in records["line-2"]["error"] and "steps must be" in records["s"]["error"]
+    (line,) = (id for id in records if id.startswith("line-2-"))
+    assert "not JSON" in records[line]["error"] and "steps must be" in records["s"]["error"]
     assert (out / "manifest.jsonl").stat().st_size < 20_000 and "NaN" not in (
         out / "manifest.jsonl"
     ).read_text()
@@ -195,6 +228,30 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
     fixed = make(file, tiny_pipe, out, retry_failed=True)
     assert (fixed.made, fixed.failed) == (1, 9)
     check(out, 11)
+
+
+def test_a_mended_line_s_failure_is_forgotten_when_failures_are_tried_again(tiny_pipe, tmp_path):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b"\n{"prompt": "cat", "steps": 0}\n[]\n')
+    assert make(file, tiny_pipe, out).failed == 3
+    file.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b", "prompt": "x"}\n{"prompt": "cat"}\n[]\n')
+    one = make(file, tiny_pipe, out, retry_failed=True, only=["b"])
+    assert (one.made, one.failures) == (1, {"row": 3})  # the other rows were not looked at
+    all_of_them = make(file, tiny_pipe, out, retry_failed=True)
+    assert (all_of_them.made, all_of_them.failed, all_of_them.failures) == (1, 1, {"row": 1})
+    assert json.loads((out / "report.json").read_text())["failures"] == {"row": 1}
+    check(out, 4)
+
+
+def test_a_size_that_the_denoiser_does_not_take_fails_alone(tiny_pipe, tmp_path):
+    sizes = {"in_channels": 4, "widths": [32, 32, 32], "blocks": 1, "heads": 2, "grid": 4}
+    unet = DiffusionUNet(**sizes, text_dim=16, text_width=16, condition_dim=16)
+    pipe = DiffusionFMPipeline(**tiny_pipe.components | {"transformer": unet})
+    pipe.defaults = dict(tiny_pipe.defaults)
+    rows = [{"id": "odd", "prompt": "fish", "width": 48}, {"id": "good", "prompt": "fish"}]
+    summary = make(rows, pipe, tmp_path)
+    assert (summary.made, summary.failures) == (1, {"row": 1})
+    assert ["does not halve" in str(record["error"]) for record in check(tmp_path, 2)] == [True, False]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny_pipe, tmp_path):

@@ -235,6 +235,15 @@ def test_parquet_embeds_pictures_as_datasets_expects_them(tiny_pipe, tmp_path):
     assert row["prompt"] == "a red apple 2" and row["seed"] == seed_of(0, "row-2", 0)
 
 
+@pytest.mark.parametrize("to", ["webdataset", "parquet"])
+def test_an_id_that_is_no_unicode_fails_alone(tiny_pipe, tmp_path, to):
+    rows = [{"id": "\udfff", "prompt": "fish"}, {"id": "naïve 🦊", "prompt": "naïve 🦊"}]
+    summary = make(rows, tiny_pipe, tmp_path, to=to)
+    assert (summary.made, summary.failures) == (1, {"row": 1})
+    assert "an id must be text in Unicode" in next(r["error"] for r in check(tmp_path, 2) if r["error"])
+    assert make(rows, tiny_pipe, tmp_path, to=to).skipped == 2
+
+
 def test_a_finished_shard_and_its_records_must_agree(tiny_pipe, tmp_path):
     make(PROMPTS, tiny_pipe, tmp_path, to="webdataset", samples_per_shard=5)
     lines = (tmp_path / "manifest.jsonl").read_bytes().splitlines(keepends=True)

@@ -14,6 +14,7 @@ import pytest
 
 from diffusionfm.batch.jobs import Run, groups, seed_of
 from diffusionfm.batch.phrases import FLAGS, Wildcards
+from diffusionfm.batch.readers import Row
 from diffusionfm.batch.rows import Rows, file_stem
 
 SETTINGS = {"steps": 3, "guidance": 3.0, "width": 32, "height": 32, "negative_prompt": ""}
@@ -54,7 +55,7 @@ def test_plain_lines_and_their_flags(tmp_path):
     assert first.prompt == third.prompt and third.id == first.id + "-2"
     assert (fish.prompt, fish.width, fish.height, fish.steps) == ("naïve fish", 64, 48, 9)
     assert (fish.guidance, fish.seed, fish.negative_prompt) == (2.5, 11, "blurry, dark -- or so")
-    assert "unknown flag --q: use --w" in unknown.error and unknown.id == "line-5"
+    assert "unknown flag --q: use --w" in unknown.error and unknown.id.startswith("line-5-")
     assert "--w has no value" in bare.error and "width must be a number" in wide.error
     assert pot.prompt == "a tea--pot" and pot.error is None and empty.prompt == ""
     assert set(FLAGS) == set("whsldn")
@@ -101,11 +102,29 @@ def test_a_broken_line_is_one_broken_row(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     a, b, c, one, word = jobs(tmp_path / "a.jsonl")
-    assert a.error is None and b.id == "line-2" and "not JSON" in b.error and "lone surrogate" in c.error
+    assert (
+        a.error is None
+        and b.id.startswith("line-2-")
+        and "not JSON" in b.error
+        and "lone surrogate" in c.error
+    )
     assert "must be an object" in one.error and word.prompt == "word"
     nested = "[" * 100_000
     (tmp_path / "b.jsonl").write_text(nested + "\n")
     assert "not JSON" in jobs(tmp_path / "b.jsonl")[0].error
+
+
+def test_an_id_is_text_in_unicode(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "\\udfff", "prompt": "fish"}\n{"id": "\\udfff", "x": 1}\n')
+    for row in (*Rows(tmp_path / "a.jsonl"), *Rows([Row("\udfff", "fish"), {"id": 2.5, "prompt": "fish"}])):
+        assert re.fullmatch(r"(line|row)-\d-[0-9a-f]{10}", row.id), row.id
+        assert re.search("an id must be text in Unicode|unknown field 'x'", row.error)
+
+
+def test_a_broken_line_takes_nobody_s_id(tmp_path):
+    lines = ['{"id": "line-2", "prompt": "x"}', "{", '{"id": "line-1", "prompt": "y"}', "{"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert len({row.id for row in Rows(tmp_path / "a.jsonl")}) == 4
 
 
 def test_a_prompt_of_a_megabyte_is_one_broken_row(tmp_path):
@@ -210,6 +229,14 @@ def test_a_matrix_is_capped_before_it_is_made():
     assert "makes 512,000,000,000,000,000,000 prompts: at most 10,000" in bad.error
     assert good.error is good_too.error is None
     assert len(Rows([many + "{a|b}"])) == 400
+
+
+def test_more_rows_than_are_taken_are_not_counted_to_the_end(tmp_path):
+    matrix = "{a|b}" * 10
+    assert len(Rows([matrix], most=1024)) == 1024
+    (tmp_path / "a.txt").write_bytes(f"{matrix}\n".encode() * 2 + b"\n" * 2**16 + b"\xff")
+    with pytest.raises(ValueError, match="more than 1,500 rows"):  # and no word of what is no UTF-8
+        Rows(tmp_path / "a.txt", most=1500)
 
 
 def test_a_wildcard_is_picked_by_seed_row_and_repeat(words):

@@ -20,6 +20,7 @@ from demo.lane import Lane
 from demo.models import model_picker
 from demo.person import person
 from demo.runs import Runs, State, new_person
+from diffusionfm.batch import generate_batch
 from diffusionfm.batch.watch import look
 from diffusionfm.images import read_parameters, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -150,7 +151,8 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         (4, "bmp", "bmp"),
         (5, "../out", "unknown output"),
         (6, "public nowhere", "is gone"),
-        (0, ("{" + "|".join(f"a{k}" for k in range(90)) + "}\n") * 150, "the studio draws"),
+        (0, ("{" + "|".join(f"a{k}" for k in range(90)) + "}\n") * 150, "more than 10,000 rows"),
+        (0, "fish\na red apple --s 500 --w 1024 --h 1024", "row a-red-apple-.*524,288,000 pixels x steps"),
     ):
         asked = [*good[:k], bad, *good[k + 1 :]]
         with pytest.raises(gr.Error, match=words):
@@ -252,6 +254,34 @@ def test_a_failed_row_is_told_and_tried_again(studio):
     assert value(shown, tab.at.start)["value"] == "Try again"
     assert [Path(file).name for file in value(shown, tab.at.take)["value"]][0] == "00000.tar"
     assert "The first pictures" in shown[tab.at.stage]
+
+
+def test_flagged_pictures_of_a_batch_are_not_shown(studio, tiny_pipe):
+    _, _, tab = studio
+    lines = "a red apple\na nude \\{big}\n{bare|pretty} feet, erotic\nerotic --s 0\n"
+    run = tab.write(ME, "", lines, None, 2, 0, "png", "folder", "none", 1.0, None)
+    assert run.facts["flagged"] == ["a nude {big}", "bare feet, erotic", "pretty feet, erotic"]
+    generate_batch(run.folder / "rows.txt", tiny_pipe, run.out, repeats=2, progress=False)
+    stage = tab.progress(ME, run, ())[tab.at.stage]
+    assert stage.count("<img") == 2 and stage.count('alt="a red apple"') == 2
+    assert "Not shown, for what its prompt says: a nude {big}" in stage
+    tab.delete(ME, run.key)
+
+
+@pytest.mark.slow
+def test_an_uploaded_file_is_drawn(studio, tmp_path):
+    _, _, tab = studio
+    file = tmp_path / "my rows.csv"
+    file.write_text("id,prompt,width,seed\none,a red apple,48,7\ntwo,{a blue|a yellow} fish,,\n")
+    key = tab.start(ME, "", "", str(file), 1, 0, "png", "folder", "none", 1.0, None)[tab.at.key]
+    shown = watched(tab, key, "done", "failed")
+    assert "3 pictures drawn" in shown[tab.at.status], shown[tab.at.status]
+    with zipfile.ZipFile(value(shown, tab.at.take)["value"][0]) as archive:
+        names = {Path(name).name: name for name in archive.namelist()}
+        with archive.open(names["one.png"]) as picture:
+            said = read_parameters(picture)
+    assert {"one.png", "two-1.png", "two-2.png"} < set(names)
+    assert (said["prompt"], said["width"], said["seed"]) == ("a red apple", 48, 7)
 
 
 def test_a_batch_draws_as_the_studio_does(studio, monkeypatch):

@@ -9,11 +9,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from diffusionfm.autoencoder import AutoencoderKL, premultiply, shrunk
+from diffusionfm.batch import plan_batch
 from diffusionfm.cli import main
 from diffusionfm.data.shapes import shape_samples
 from diffusionfm.light import open_painter
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.upscaling import Upscaling, lanczos, upscaling_report
+from tests.batch_toys import check, make
 
 SIZES = {"latent_channels": 4, "widths": (8, 8, 16), "encoder_depths": (1, 1), "decoder_depths": (1, 1, 1)}
 
@@ -156,6 +158,19 @@ def test_the_engine_draws_larger_pictures(model):
     finally:
         engine.close()
     assert abs(np.asarray(served, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
+
+
+def test_a_batch_s_row_of_another_size_fails_alone(model, tmp_path):
+    pipe = DiffusionFMPipeline.from_pretrained(model)
+    rows = [{"id": "wide", "prompt": "x", "width": 64}, {"id": "own", "prompt": "x"}]
+    rows.append({"id": "large", "prompt": "x", "width": 128, "height": 128})
+    plan = plan_batch(rows, pipe, tmp_path)
+    assert (plan.broken, plan.shapes.total()) == (1, 2) and "not 64x32" in plan.text()
+    assert (make(rows, pipe, tmp_path).made, make(rows, pipe, tmp_path).skipped) == (2, 3)
+    (failed,) = (record for record in check(tmp_path, 3) if record["status"] == "failed")
+    assert failed["id"] == "wide" and "draws 32x32, 64x64, 128x128 pixels, not 64x32" in failed["error"]
+    with pytest.raises(ValueError, match="not 48x32"):
+        make(rows, pipe, tmp_path / "none", width=48)
 
 
 def test_a_picture_of_a_larger_size_is_set_out_from(model):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 
 import pytest
 
+from diffusionfm.batch import plan_batch
 from diffusionfm.checks import SHIPPED
 from diffusionfm.drawing import Task
 from diffusionfm.phrasing import words_in
@@ -14,6 +16,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 from diffusionfm.vocabulary import FILE, Vocabulary, learned_words
+from tests.batch_toys import make
 
 WORDS = "apple ale ape red cat cherry space ship joy smiling on".split()  # noqa: SIM905
 
@@ -25,6 +28,28 @@ def knowing(tiny_model, tmp_path_factory):
     shutil.copytree(tiny_model, folder)
     (folder / FILE).write_text("\n".join([*WORDS, "café"]) + "\n", encoding="utf-8")
     return DiffusionFMPipeline.from_pretrained(folder)
+
+
+def test_a_batch_tells_of_words_that_are_of_no_use(knowing, tmp_path):
+    rows = [{"id": f"r{k}", "prompt": f"a red apple and a {'zyxw'[k % 4] * 4}"} for k in range(8)]
+    rows += [
+        {"id": "long", "prompt": "red apple " * 30},
+        {"id": "no", "prompt": "cat", "negative_prompt": "lynx"},
+    ]
+    rows += [{"id": "good", "prompt": "a red cat"}, {"id": "bad", "prompt": "quokka", "steps": 0}]
+    plan = plan_batch(rows, knowing, tmp_path, repeats=2)
+    said = [
+        "18 pictures have words that the model never learned, such as: zzzz, yyyy, xxxx, wwww, lynx",
+        "2 pictures have longer prompts than the model reads, such as: long",
+    ]
+    assert plan.text().splitlines()[-3:-1] == said
+    for _ in range(2):  # and once more with every picture there
+        summary = make(rows, knowing, tmp_path, repeats=2, steps=1, guidance=1.0)
+        assert summary.text().splitlines()[-2:] == said
+        report = json.loads((tmp_path / "report.json").read_text())
+        told = {"unknown": 18, "words": ["zzzz", "yyyy", "xxxx", "wwww", "lynx"], "cut": 2, "rows": ["long"]}
+        assert report["advice"] == plan.report()["advice"] == told
+    assert make(["a cat"], knowing, tmp_path / "other").text().count("never learned") == 0
 
 
 def test_words_are_read_as_captions_have_them():
@@ -45,7 +70,7 @@ def test_forms_small_words_and_numbers_are_no_news():
     vocabulary = Vocabulary(WORDS)
     assert vocabulary.unknown("please draw the red cats, 3 cherries and an apple's 7 ships") == []
     assert vocabulary.unknown("a zebra, a Zebra and a lynx") == ["zebra", "lynx"]
-    assert vocabulary.advice("a red apple on a cat") == []
+    assert vocabulary.unknown("a red apple on a cat") == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from diffusionfm.formats import Finish
 if TYPE_CHECKING:
     from diffusionfm.pipeline import DiffusionFMPipeline
 
-WORDS = 1024  # prompts whose features are kept
+WORDS = 1024  # prompts whose features are kept, or what the model cannot read of them
 
 
 @dataclass
@@ -66,7 +66,10 @@ class Drawer:
         _, guidance, width, height = shape
         copies = 1 if guidance == 1 else 2
         if (width, height, copies) not in self.needs:
-            self.needs[width, height, copies] = fit.picture_bytes(self.pipe, width, height, copies)
+            try:
+                self.needs[width, height, copies] = fit.picture_bytes(self.pipe, width, height, copies)
+            except ValueError:  # the networks do not take this size: each such job fails alone, and says why
+                return 1
         return fit.batch_size(self.pipe.device, self.needs[width, height, copies])
 
     def draw(self, jobs: list[Job]) -> list[Drawn]:

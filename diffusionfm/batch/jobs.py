@@ -50,7 +50,8 @@ class Run:
     """What a run draws: the settings of rows that say nothing else, and all that its pictures have in common.
 
     settings: SETTINGS by name. output: how a picture is written (see `Finish`), and where to. made_by: the model's name
-    and hash, the LoRAs and theirs. only: ids of the rows wanted, () for all.
+    and hash, the LoRAs and theirs. only: ids of the rows wanted, () for all. check: of steps, guidance and size, raises
+    ValueError for what the model cannot draw.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class Run:
     made_by: dict[str, Any]
     repeats: int = 1
     only: frozenset[str] = frozenset()
+    check: Callable[..., Any] = check_settings
 
     def jobs(self, rows: Rows) -> Iterator[Job]:
         """The jobs of all rows, the pictures of a row one after the other."""
@@ -77,7 +79,7 @@ class Run:
                 check_prompt(prompt)
                 prompt = check_prompt(rows.wildcards.fill(prompt, f"{self.seed} {row.id} {repeat}"))
                 check_prompt(settings["negative_prompt"], "negative_prompt")
-                check_settings(**{name: settings[name] for name in SETTINGS[1:]})
+                self.check(**{name: settings[name] for name in SETTINGS[1:]})
                 settings["guidance"] = float(settings["guidance"])
                 seed = check_seed(seed, repeat + 1) + (repeat if row.seed is not None else 0)
             except ValueError as problem:

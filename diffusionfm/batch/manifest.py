@@ -1,4 +1,4 @@
-"""DIR/manifest.jsonl, the one record of what a batch has finished; in memory it takes 25 bytes a picture."""
+"""DIR/manifest.jsonl, the one record of what a batch has finished; in memory it takes 26 bytes a picture."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Manifest:
         self.keys = np.frombuffer(keys, np.uint64)[self.order]
         self.contents = np.frombuffer(contents, np.uint64)
         self.states = np.frombuffer(states, np.uint8).copy()
+        self.asked = np.zeros(len(states), bool)  # for by a row of this run
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records in the file, one after the other."""
@@ -98,12 +99,17 @@ class Manifest:
         line = self.place(job.key)
         if line is None:
             return None
+        self.asked[line] = True
         if self.states[line] == FAILED and retry and not job.error:
             self.states[line] = DROPPED
             return None
         if self.states[line] == OK and self.contents[line] != run.content(job):
             self._refuse(job, run)
         return int(self.states[line])
+
+    def forget(self) -> None:
+        """Drop the failures that no admitted job asks for: of rows that are gone, or have another id since mended."""
+        self.states[(self.states == FAILED) & ~self.asked] = DROPPED
 
     def _refuse(self, job: Job, run: Run) -> None:
         """Say in what a finished picture differs from what is asked for now: two runs may not mix in one folder."""

@@ -37,7 +37,8 @@ class Options:
         kernels, so that a picture's bytes do not depend on its company.
     to: "folder", "webdataset" or "parquet", with `samples_per_shard` in a file. format, background, size: see
         `Finish`. metadata: pictures carry their parameters. sheets: contact sheets of 100 pictures, at most.
-    retry_failed: try failed pictures again, but for rows that are broken still.
+    retry_failed: try failed pictures again, but for rows that are broken still. What failed of rows that are no more is
+        forgotten.
     engine: "local", or "ray": `workers` of a Ray cluster draw (0: one a GPU, or else one a core), this process writes.
     """
 
@@ -95,14 +96,17 @@ class Options:
         return Wildcards(None if self.wildcards_folder is None else Path(self.wildcards_folder))
 
     def run(self, pipe: DiffusionFMPipeline) -> Run:
-        """The options with a model's defaults."""
-        chosen = {"steps": self.steps, "guidance": self.guidance, "width": self.width, "height": self.height}
+        """The options with a model's defaults. ValueError for what it cannot draw."""
+        chosen: dict[str, Any] = {
+            name: getattr(self, name) for name in ("steps", "guidance", "width", "height")
+        }
         if self.size is not None and self.width is None and self.height is None:
             chosen["width"], chosen["height"] = pipe.size_for(self.size)
-        settings = {name: pipe.defaults[name] if value is None else value for name, value in chosen.items()}
-        settings["negative_prompt"] = self.negative_prompt
+        settings = {"negative_prompt": self.negative_prompt, **pipe.settings(**chosen)}
         output = {"to": self.to, **self.finish.settings()}
-        return Run(self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only))
+        return Run(
+            self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only), pipe.settings
+        )
 
     def kernels(self) -> AbstractContextManager[Any]:
         """The same CUDA kernels each time, if so asked, rather than those found fastest; a CPU has no choice."""

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from diffusionfm.batch.advice import Advice
 from diffusionfm.batch.jobs import Job, Shape
 from diffusionfm.batch.manifest import FAILED
 
@@ -30,6 +31,7 @@ class Plan:
     shapes: Counter[Shape] = field(default_factory=Counter)
     seconds: float | None = None
     batch_size: int = 0
+    advice: Advice = field(default_factory=Advice)
 
     def count(self, job: Job, state: int | None) -> None:
         """Add a job, given the state of its record."""
@@ -78,7 +80,7 @@ class Plan:
         shapes = [
             dict(zip(names, (*shape, count), strict=True)) for shape, count in self.shapes.most_common()
         ]
-        return {**vars(self), "shapes": shapes, "to_make": self.shapes.total()}
+        return {**vars(self), "shapes": shapes, "to_make": self.shapes.total(), "advice": vars(self.advice)}
 
     def text(self) -> str:
         """In a few lines."""
@@ -94,6 +96,7 @@ class Plan:
         if self.broken:
             lines.append(f"{self.broken:,} rows cannot be drawn, such as:")
             lines += [f"  {error}" for error in self.errors]
+        lines += self.advice.lines()
         if self.seconds is not None:
             speed = todo / self.seconds if self.seconds else 0
             lines.append(

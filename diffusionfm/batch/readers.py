@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from diffusionfm.batch.phrases import parse_line
+from diffusionfm.checks import is_unicode
 
 FIELDS = ("id", "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height")
 FORMATS = (".jsonl", ".csv", ".tsv", ".txt", ".parquet")
@@ -87,7 +89,7 @@ def spooled_stdin() -> IO[bytes]:
 def parse(value: Any, name: str) -> Row:
     """The row of a dict, of a prompt or of a Row; `error` says what is wrong with it. name: as it is called there."""
     if isinstance(value, Row):
-        return value
+        return value if _can_name(value.id) else _nameless(name)
     if isinstance(value, str):
         return Row("", value)
     if not isinstance(value, Mapping):
@@ -109,8 +111,8 @@ def parse(value: Any, name: str) -> Row:
     row_id = fields.pop("id", "")
     if isinstance(row_id, int) and not isinstance(row_id, bool):
         row_id = str(row_id)
-    if not isinstance(row_id, str) or len(row_id) > ID_LENGTH:
-        return _broken(None, name, f"{name}: an id must be text of {ID_LENGTH} characters or fewer")
+    if not _can_name(row_id):
+        return _nameless(name)
     return Row(row_id, **{"prompt": "", **fields})
 
 
@@ -196,7 +198,23 @@ def _unknown(what: str, name: str) -> str:
     )
 
 
+def _can_name(row_id: Any) -> bool:
+    return isinstance(row_id, str) and len(row_id) <= ID_LENGTH and is_unicode(row_id)
+
+
+def _nameless(name: str) -> Row:
+    return _broken(None, name, f"{name}: an id must be text in Unicode, of {ID_LENGTH} characters or fewer")
+
+
 def _broken(row_id: Any, name: str, error: str) -> Row:
-    known = isinstance(row_id, (str, int)) and not isinstance(row_id, bool)
-    known = known and 0 < len(str(row_id)) <= ID_LENGTH
-    return Row(str(row_id) if known else name.replace(" ", "-"), error=error)
+    """A row that cannot be read. One without an id gets one of its place and error, which no other row will have."""
+    if isinstance(row_id, int) and not isinstance(row_id, bool):
+        row_id = str(row_id)
+    if not row_id or not _can_name(row_id):
+        row_id = f"{name.replace(' ', '-')}-{digest(error)}"
+    return Row(row_id, error=error)
+
+
+def digest(text: str) -> str:
+    """Ten hex digits that stand for a text, for ids and names of files."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffusionfm.batch.advice import Advice
 from diffusionfm.images import contact_sheet, in_common, save_png, write_atomic
 
 REPORT = "report.json"
@@ -32,7 +33,7 @@ class Summary:
 
     made: pictures now; skipped: found finished or failed; failed: of all rows, in the whole manifest, failures by kind.
     seconds: of this run after the model was loaded (load_seconds). latencies: seconds of the network call of each
-    picture. peak_memory: bytes of this process; peak_gpu_memory: of its GPU, None without one.
+    picture. peak_memory: bytes of this process; peak_gpu_memory: of its GPU, None without one. advice: of all rows.
     """
 
     made: int = 0
@@ -43,11 +44,13 @@ class Summary:
     failures: dict[str, int] = field(default_factory=dict)
     peak_memory: int = 0
     peak_gpu_memory: int | None = None
+    advice: Advice = field(default_factory=Advice)
     latencies: array[float] = field(default_factory=lambda: array("f"), repr=False)
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
         found = {name: value for name, value in vars(self).items() if name != "latencies"}
+        found["advice"] = vars(self.advice)
         found["pictures_per_second"] = self.made / self.seconds if self.made and self.seconds else None
         ordered = sorted(self.latencies)
         found["latency_seconds"] = {
@@ -73,7 +76,7 @@ class Summary:
         lines.append(memory)
         if self.failures:
             lines.append("failed: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.failures.items())))
-        return "\n".join(lines)
+        return "\n".join(lines + self.advice.lines())
 
     def write(self, out: Path, failures: Counter[str]) -> None:
         """Complete the summary, and write it to DIR/report.json."""

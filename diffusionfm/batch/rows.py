@@ -9,11 +9,12 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from diffusionfm.batch.phrases import Wildcards
-from diffusionfm.batch.readers import Numbered, Row, parse, read_file, read_text, spooled_stdin
+from diffusionfm.batch.readers import Numbered, Row, digest, parse, read_file, read_text, spooled_stdin
 
 Source = str | os.PathLike[str] | Iterable[Row | Mapping[str, Any] | str]
 
@@ -25,17 +26,17 @@ class Rows:
         lines on standard input, or dicts and prompts. An iterator is held as a list; all else is read anew each time.
     A row of a prompt matrix becomes a row a prompt: ID-1, ID-2, ... where it has an id. A row without an id gets one
     made of its words and settings, so that rows may be reordered. A broken row comes back with `error` set.
-    Kept are 8 bytes a row. ValueError when there is no row, a column is unknown, a file is not UTF-8, or two
-    rows share an id (letter case aside: pictures are named after ids).
+    Kept are 8 bytes a row. ValueError when there is no row, or more than `most`, a column is unknown, a file is not
+    UTF-8, or two rows share an id (letter case aside: pictures are named after ids).
     """
 
-    def __init__(self, source: Source, wildcards: Wildcards | None = None):
+    def __init__(self, source: Source, wildcards: Wildcards | None = None, most: int | None = None):
         self.wildcards = wildcards or Wildcards()
         self.source = list(source) if isinstance(source, Iterator) else source
         self.stdin = spooled_stdin() if str(source) == "-" else None
         self._count = 0
         self._repeated: set[int] = set()  # of ids made of content, those that rows share
-        self._check()
+        self._check(most)
 
     def __len__(self) -> int:
         return self._count
@@ -62,11 +63,11 @@ class Rows:
                 )
             except ValueError as error:
                 row, prompts = replace(row, error=row.error or str(error)), iter([row.prompt])
-            first, *more = prompts
-            if not more:
+            first, second = next(prompts), next(prompts, None)
+            if second is None:
                 yield number, replace(row, prompt=first)
                 continue
-            for k, prompt in enumerate([first, *more], 1):
+            for k, prompt in enumerate(chain((first, second), prompts), 1):
                 yield number, replace(row, prompt=prompt, id=f"{row.id}-{k}" if row.id else "")
 
     def _source(self) -> Numbered:
@@ -78,12 +79,14 @@ class Rows:
         else:
             yield from ((n, parse(value, f"row {n}")) for n, value in enumerate(self.source, 1))
 
-    def _check(self) -> None:
+    def _check(self, most: int | None) -> None:
         import numpy as np
 
         given, made = array("Q"), array("Q")
         for _, row in self._read():
             self._count += 1
+            if most is not None and self._count > most:
+                raise ValueError(f"more than {most:,} rows, {{a|b}} counted as two: give at most {most:,}")
             if row.id:
                 given.append(digest64(row.id.casefold()))
             else:
@@ -128,19 +131,15 @@ def file_stem(row_id: str, repeat: int) -> str:
     """A safe file name for picture `repeat` of a row; no two (id, repeat) share one."""
     name = row_id
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", row_id):
-        name = f"{_slug(row_id)}+{_digest(row_id)}"
+        name = f"{_slug(row_id)}+{digest(row_id)}"
     return name if repeat == 0 else f"{name}~{repeat}"
 
 
 def _content_id(row: Row) -> str:
     fields = (row.prompt, row.negative_prompt, row.seed, row.steps, row.guidance, row.width, row.height)
     content = json.dumps(fields, default=str)
-    return f"{_slug(str(row.prompt))}-{_digest(content)}"
+    return f"{_slug(str(row.prompt))}-{digest(content)}"
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text[:200].lower()).strip("-")[:40].strip("-") or "row"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]

@@ -9,12 +9,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffusionfm.batch.draw import Drawer, Drawn, draw_all, encode
+from diffusionfm.batch.advice import Advice
+from diffusionfm.batch.draw import WORDS, Drawer, Drawn, draw_all, encode
 from diffusionfm.batch.jobs import Job, Run, groups
 from diffusionfm.batch.manifest import FAILED, Manifest, locked
 from diffusionfm.batch.options import Options
@@ -61,7 +63,7 @@ def plan_batch(
 ) -> Plan:
     """What `generate_batch` would do, and how long, by a trial of the commonest shape; writes nothing."""
     batch = Batch(rows, pipe, Path(out_dir), options or Options(**more))
-    plan = Plan(len(batch.rows))
+    plan = Plan(len(batch.rows), advice=batch.advice)
     for job, state in batch.jobs():
         plan.count(job, state)
     plan.estimate(batch.drawer)
@@ -82,7 +84,8 @@ class Batch:
         self.rows = rows if isinstance(rows, Rows) else Rows(rows, options.wildcards)
         self.drawer = Drawer(pipe, 1 if options.deterministic else options.batch_size)
         self.store = open_store(options.to, out, self.finish.suffix, options.samples_per_shard)
-        self.summary = Summary()
+        self.advice = Advice()
+        self.summary = Summary(advice=self.advice)
         self.broken = False
 
     def jobs(self) -> Iterator[tuple[Job, int | None]]:
@@ -91,13 +94,18 @@ class Batch:
         ValueError for a finished picture that is now asked for otherwise, and for an id in `only` that no row has."""
         self.manifest = Manifest(self.out, self.store.has)
         missing = set(self.run.only)
+        unread = lru_cache(WORDS)(partial(self.pipe.unread, loras=self.pipe.loras))
         for job in self.run.jobs(self.rows):
             missing.discard(job.id)
+            if not job.error:
+                self.advice.count(job, unread)
             yield job, self.manifest.admit(job, self.run, self.options.retry_failed)
         if missing:
             raise ValueError(
                 f"no row has the id {min(missing)!r}: the manifest of the whole batch tells the ids"
             )
+        if self.options.retry_failed and not self.run.only:
+            self.manifest.forget()
 
     def go(self, load_seconds: float | None, progress: bool) -> Summary:
         """Do what is to be done, and write the report, also when it is interrupted."""

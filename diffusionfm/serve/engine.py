@@ -148,6 +148,15 @@ class Engine:
 
     # -------------------------------------------------------------- admission
 
+    def check_work(self, height: int, width: int, steps: int, pictures: int = 1) -> None:
+        """ValueError for more work than one request may be."""
+        work = self._pixels(height, width) * steps * pictures
+        if work > self._most_work:
+            raise ValueError(
+                f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
+                "so ask for fewer pictures or steps, or a smaller size"
+            )
+
     def _plan(self, request: Request, client: str, on_step: OnStep | None) -> Job:
         """The job of a request; ValueError for what cannot be drawn."""
         check_settings(num_images=request.num_images)
@@ -165,12 +174,7 @@ class Engine:
             silent=start is not None,
         )
         times = flow.grid(found["steps"], self.pipe.defaults["shift"], start.strength if start else 1.0)
-        work = self._pixels(found["height"], found["width"]) * (len(times) - 1) * len(tasks)
-        if work > self._most_work:
-            raise ValueError(
-                f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
-                "so ask for fewer pictures or steps, or a smaller size"
-            )
+        self.check_work(found["height"], found["width"], len(times) - 1, len(tasks))
         most = min(self.limits.client, self.limits.queue)
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
