@@ -33,7 +33,7 @@ from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.models import Models, find_models
 
 ME, TICKET = new_person(), "0" * 32
-PAGE = SimpleNamespace(session_hash="page")
+PAGE = SimpleNamespace(session_hash="page", state=SimpleNamespace(caller="127.0.0.1"))
 PICTURE = Image.new("RGBA", (32, 32), "orange")
 
 
