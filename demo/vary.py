@@ -20,9 +20,9 @@ from .cards import drawing, empty, note, veiled
 from .controls import QUIET, SHOWN, actions, easel, tuning
 from .create import roll
 from .editor import canvas_of, editor, painted
-from .lane import REFUSED, Lane, Update, owner_of
+from .lane import REFUSED, Lane, Update, turn_of
 from .request import MAX_COUNT, MAX_PROMPT, MAX_SEED, encode, seeds_in_words, small
-from .shelf import LAST, TAKE, DrawTab, Progress, bytes_of, draw_all, shelf
+from .shelf import LAST, TAKE, DrawTab, bytes_of, draw_all, shelf
 
 HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
@@ -137,7 +137,6 @@ def _settings(lane: Lane) -> dict[str, Any]:
 class Tab(DrawTab):
     """What the tab's components do."""
 
-    name = "vary"
     at: Controls
 
     def draw(
@@ -179,11 +178,11 @@ class Tab(DrawTab):
         except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
         yield self.busy("Drawing.") | {self.at.seed: asked.seed, self.at.stage: drawing([], asked.num_images)}
-        for event in draw_all(engine, owner_of(request), [asked]):
-            if isinstance(event, Progress):
-                yield {self.at.status: event.shown(asked.num_images)}
-            else:
+        for event in draw_all(engine, turn_of(request), [asked]):
+            if isinstance(event, list):
                 yield self._finished(engine.pipe.model_name, asked, event[0])
+            else:
+                yield self.progress(event, asked.num_images)
 
     def _finished(self, model: str, asked: Request, drawn: Pictures) -> Update:
         assert asked.start is not None

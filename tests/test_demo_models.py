@@ -126,6 +126,15 @@ def test_a_grid_weighs_an_adapter(studio, rings):
         list(tabs.grid.draw(ME, "tiny", "none", 1.0, *asked))
 
 
+def test_a_grid_tells_what_the_prompt_loses_once(studio):
+    _, tabs = studio
+    prompt = "a red apple " * 20 + "and a walrus"
+    update = last(
+        tabs.grid.draw(ME, "tiny", "none", 1.0, prompt, "seed", "0-1", "none", "", 3, 2, 3.0, "", None, PAGE)
+    )
+    assert update[tabs.grid.at.status].count("walrus") == update[tabs.grid.at.said].count("walrus") == 1
+
+
 def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):
     lane, tabs = studio
     wide = lane.models.engine("wide").pipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from threading import Event
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_who_hangs_up_is_drawn_for_no_longer(running, held, way):
                 until(lambda: engine.waiting == 8)
     until(lambda: engine.waiting == 0)
     assert engine.counts.cancelled == cancelled + 8
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_grid_that_waits_leaves_the_queue_at_cancel_and_with_its_page(running, held, how):
+    studio, _, engine = running
+    number = next(
+        k for k, fn in studio.fns.items() if fn.name == "draw" and "x" in signature(fn.fn).parameters
+    )
+    axes = ["a red apple", "seed", "0-1", "none", ""]
+    body = {"fn_index": number, "session_hash": "page", "trigger_id": None}
+    with visitor(studio) as http, ends(http, "other"):
+        call(http, "other")
+        assert held.reached.wait(60)
+        data = ["", None, "none", 1, *axes, 0, 2, 3.0, "", None]
+        answer = http.post("/gradio_api/queue/join", json=body | {"data": data})
+        with ends(http, "page"):
+            until(lambda: engine.waiting == 3)
+            if how == "cancel":
+                http.post("/gradio_api/cancel", json=body | answer.json())
+                until(lambda: engine.waiting == 1)
+        until(lambda: engine.waiting == 1)
+        assert not held.calls
 
 
 def test_words_that_are_lost_or_flagged_come_as_warnings(running):
