@@ -23,13 +23,19 @@ from .controls import QUIET, SHOWN
 from .lane import LOOK, REFUSED, Lane, Update, Waiting
 from .request import file_name
 
+VEILED = "veiled"
 TAKE = """element.addEventListener('click', event => {
-  const button = event.target.closest('button[data-take]');
-  if (button) trigger('click', {value: button.closest('figure').querySelector('img').src});
+  const card = event.target.closest('button[data-take]')?.closest('.card');
+  if (!card) return;
+  const veiled = card.querySelector('.veil input:not(:checked)');
+  trigger('click', {value: veiled ? 'veiled' : card.querySelector('img').src});
 });"""
-"""Tells Python of a picture's button with the picture itself, as a data URL."""
-LAST = "() => document.querySelector('#stage .card img')?.src ?? ''"
-"""The first picture on Create's stage, as a data URL; empty where there is none."""
+"""Tells Python of a picture's button with the picture itself, as a data URL, or `VEILED` for one that is blurred."""
+LAST = """() => {
+  const card = document.querySelector('#stage .card:has(img)');
+  return card?.querySelector('.veil input:not(:checked)') ? 'veiled' : card?.querySelector('img').src ?? '';
+}"""
+"""The first picture on Create's stage in the same way; empty where there is none."""
 MAX_URL = 2**23
 
 
@@ -165,6 +171,8 @@ def shelf(
 
 def bytes_of(url: str) -> bytes:
     """The PNG file of a data URL that a page sent back; ValueError for anything else, or over 8 MiB."""
+    if url == VEILED:
+        raise ValueError("the picture is blurred: tick its Show anyway first")
     head, _, body = url[: MAX_URL + 1].partition(",")
     if head != "data:image/png;base64" or len(url) > MAX_URL:
         raise ValueError("there is no picture yet: draw one in Create first, or upload one")

@@ -16,7 +16,7 @@ from diffusionfm.inputs import contain, open_picture
 from diffusionfm.serve.jobs import Request
 
 from .adapters import Picker, place, wear
-from .cards import drawing, empty, note, veiled
+from .cards import drawing, empty, note, notes, veiled
 from .controls import QUIET, SHOWN, actions, easel, tuning
 from .create import roll
 from .editor import canvas_of, editor, painted
@@ -190,13 +190,13 @@ class Tab(DrawTab):
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
         )
-        told = " ".join([told, *drawn.warnings, *veiled(drawn.flagged)])
+        advice = [*drawn.warnings, *veiled(drawn.flagged)]
         return self.rest() | {
             self.at.stage: shelf(
                 files, [asked.prompt] * len(files), drawn.seeds, take="Vary this", flagged=bool(drawn.flagged)
             ),
-            self.at.status: note(told),
-            self.at.said: f"{len(files)} drawn: {told}.",
+            self.at.status: note(told) + notes(advice, "warn"),
+            self.at.said: " ".join([f"{len(files)} drawn: {told}.", *advice]),
         }
 
     def upload(self, file: str) -> Update:
@@ -226,7 +226,7 @@ class Tab(DrawTab):
         try:
             data = bytes_of(url or "")
         except ValueError as error:
-            raise gr.Error(str(error), title="No picture yet", duration=6) from error
+            raise gr.Error(str(error), title="No picture taken", duration=6) from error
         return self.give(data)
 
     def take_again(self, event: gr.EventData) -> Update:

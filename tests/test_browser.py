@@ -130,10 +130,17 @@ def steps_drawn(studio: str) -> int:
     return int(float(re.search(r"^diffusionfm_\w*steps\w* ([0-9.e+]+)$", text, re.M)[1]))
 
 
-def choose_count(page, count: int) -> None:
-    field = page.locator("#count input[type=number]")
-    field.fill(str(count))
+def set_number(page, slider: str, number: int) -> None:
+    """Type the number of a slider, opening the settings that hold it."""
+    field = page.locator(f"{slider} input[type=number]")
+    if not field.is_visible():
+        page.locator(".more > button:visible").click()
+    field.fill(str(number))
     field.press("Tab")
+
+
+def choose_count(page, count: int) -> None:
+    set_number(page, "#count", count)
 
 
 def test_a_prompt_becomes_a_picture(page, tmp_path):
@@ -324,6 +331,39 @@ def test_two_people_at_once_get_their_own_pictures(page, browser, studio, slow_m
                 difference = ImageChops.difference(found, image).getextrema()
             assert max(most for _, most in difference) <= 1
     other.context.close()
+
+
+def test_a_flagged_picture_stays_blurred_until_it_is_wanted(page):
+    expect = sync_api.expect
+    page.check("#history [data-part=wanted]")
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a nude")
+    page.click("#generate")
+    picture, kept = page.locator(PICTURE), page.locator("#history li img")
+    expect(picture).to_have_css("filter", re.compile("blur"))
+    assert kept.evaluate("i => i.decode().then(() => i.naturalWidth)") <= 6
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    page.wait_for_selector("text=tick its Show anyway first")
+    assert page.locator("#vary-canvas").is_hidden()
+    open_tab(page, "Create")
+    page.check("#stage .veil input")
+    expect(picture).to_have_css("filter", "none")
+    page.wait_for_function("document.querySelector('#history li img').naturalWidth === 96")
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    expect(page.locator("#vary-canvas")).to_be_visible()
+    set_number(page, "#vary-count", 1)
+    set_number(page, "#vary-steps", 2)
+    page.fill("#vary-prompt :is(textarea, input)", "a nude")
+    page.click("#vary-draw")
+    expect(page.locator("#vary-stage .card img")).to_have_css("filter", re.compile("blur"))
+    page.click("#vary-stage button[data-take]")
+    page.wait_for_selector("text=tick its Show anyway first")
+    assert "Picture taken" not in page.locator("#vary-announcer").inner_text()
+    page.check("#vary-stage .veil input")
+    page.click("#vary-stage button[data-take]")
+    expect(page.locator("#vary-announcer")).to_contain_text("Picture taken")
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def test_a_data_url_is_the_picture_or_an_error():
     for bad in ("", "data:image/svg+xml;base64,AAAA", "http://127.0.0.1/a.png", "data:image/png;base64,@@"):
         with pytest.raises(ValueError):
             shelf.bytes_of(bad)
+    with pytest.raises(ValueError, match="tick its Show anyway"):
+        shelf.bytes_of(shelf.VEILED)
     with pytest.raises(ValueError, match="no picture yet"):
         shelf.bytes_of("data:image/png;base64," + "A" * shelf.MAX_URL)
 
