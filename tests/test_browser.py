@@ -36,6 +36,7 @@ WATCH_BAR = """window.steps = []; new MutationObserver(() => {
 }).observe(document.querySelector('#status'), {childList: true, subtree: true});"""
 TABS = ("Create", "Vary", "Grid", "Restore", "Fine-tune", "Batch")
 PICTURE = ".card img[alt*='seed']"
+CARD = ("[data-value^=keep]", "[data-copy]", "[data-value^=svg]", "a[download]")
 
 
 @pytest.fixture(scope="module")
@@ -366,10 +367,40 @@ def test_a_flagged_picture_stays_blurred_until_it_is_wanted(page):
     expect(page.locator("#vary-announcer")).to_contain_text("Picture taken")
 
 
+def test_the_keyboard_reaches_all_from_the_prompt_to_a_card_and_is_never_trapped(page):
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    sync_api.expect(page.locator("#generate")).to_be_enabled()
+    page.focus("#prompt textarea")
+    wanted = ["#generate", "#seed input", *(f"#stage .card :is({part})" for part in CARD)]
+    for key in ("Tab", "Shift+Tab"):
+        for selector in wanted:
+            for _ in range(100):
+                page.keyboard.press(key)
+                if page.evaluate("one => document.activeElement.matches(one)", selector):
+                    break
+            else:
+                pytest.fail(f"{key} does not reach {selector}")
+        wanted = [*reversed(wanted[:-1]), "#prompt textarea"]
+
+
+def serious(page, title: str) -> list[str]:
+    """What axe finds on a page that keeps people out."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.wait_for_timeout(500)
+    return [
+        f"{title}: {one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
+        for one in axe.run(page).response["violations"]
+        for node in one["nodes"]
+        if node["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_serious_is_found_by_axe(page, studio, theme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+def test_nothing_serious_is_found_by_axe(page, studio, drawing, theme):
     page.goto(f"{studio}?__theme={theme}")
     page.wait_for_selector("#generate")
     page.click("#more > button")
@@ -379,17 +410,34 @@ def test_nothing_serious_is_found_by_axe(page, studio, theme):
     page.click("#generate")
     page.wait_for_selector(PICTURE)
     page.wait_for_selector("#history li img")
-    serious = []
+    found = []
     for title in TABS:
         open_tab(page, title)
-        page.wait_for_timeout(500)
-        serious += [
-            f"{title}: {one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
-            for one in axe.run(page).response["violations"]
-            for node in one["nodes"]
-            if node["impact"] in ("serious", "critical")
-        ]
-    assert not serious, "\n".join(serious)
+        found += serious(page, f"{title}, bare")
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    page.locator("#vary-canvas").wait_for()
+    set_number(page, "#vary-steps", 20)
+    page.fill("#vary-prompt :is(textarea, input)", "a nude zebra")
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-status .bar")
+    found += serious(page, "Vary, drawing")
+    page.wait_for_selector("#vary-stage .card img[alt*='seed']")
+    found += serious(page, "Vary, drawn")
+    open_tab(page, "Grid")
+    page.fill("#grid-prompt :is(textarea, input)", "a red zebra")
+    page.fill("#grid-xs :is(textarea, input)", "red, blue")
+    page.fill("#grid-ys :is(textarea, input)", "1-2")
+    set_number(page, "#grid-steps", 3)
+    page.click("#grid-draw")
+    page.wait_for_selector("#grid-stage img.whole")
+    sync_api.expect(page.locator("#grid-status .warn")).to_contain_text("zebra")
+    found += serious(page, "Grid, drawn")
+    open_tab(page, "Restore")
+    page.set_input_files("#restore-file input[type=file]", drawing)
+    page.wait_for_selector(".told dl")
+    found += serious(page, "Restore, told")
+    assert not found, "\n".join(found)
 
 
 def test_the_dark_theme_is_dark(page, studio):
