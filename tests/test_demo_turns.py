@@ -27,14 +27,16 @@ LOGINS = {"ann": PASSWORD, "bob": PASSWORD[::-1]}
 
 
 @pytest.fixture(scope="module")
-def running(tiny_model):
+def running(tiny_model, tmp_path_factory):
     """Two studios around one engine: one for all here, one for those with a login."""
-    with Models(Engine(DiffusionFMPipeline.from_pretrained(tiny_model))) as models:
+    engine = Engine(DiffusionFMPipeline.from_pretrained(tiny_model))
+    with pytest.MonkeyPatch.context() as patch, Models(engine) as models:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         studios = []
         for access in (None, Access(logins=LOGINS)):
             studios.append(app.build(models))
             app.launch(studios[-1], models, free_port(), access=access)
-        yield *studios, models.first
+        yield *studios, engine
         for studio in studios:
             studio.close()
 
