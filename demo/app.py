@@ -52,6 +52,7 @@ LAUNCH: dict[str, Any] = {
     "auth": None,
     "allowed_paths": [],
     "blocked_paths": [],
+    "max_threads": 256,  # events under way at a time: more than the engine's queue holds, which is the one that refuses
     "max_file_size": MOST_BYTES,  # of a zip of pictures; a picture may have less (request.small)
     "enable_monitoring": False,
     "run_history": False,

@@ -153,7 +153,7 @@ def note(text: str, kind: str = "plain") -> str:
 def notes(texts: Sequence[str], kind: str = "plain") -> str:
     """Quiet lines under the stage; `kind` is plain, or warn for sentences of the library."""
     if kind == "warn":
-        texts = [f"{text[:1].upper()}{text[1:]}." for text in texts]
+        texts = [f"{text[:1].upper()}{text[1:].removesuffix('.')}." for text in texts]
     return "".join(f'<p class="note {kind}">{escape(text)}</p>' for text in texts)
 
 

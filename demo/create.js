@@ -18,6 +18,7 @@ element.addEventListener('click', async event => {
   button.textContent = 'Copied';
   setTimeout(() => button.textContent = said, 1500);
 });
+element.addEventListener('change', () => document.dispatchEvent(new Event('stage')));  // a veil was lifted
 
 const press = id => document.querySelector(`#${id}`)?.click();
 const keys = event => {

@@ -15,7 +15,7 @@ from diffusionfm.drawing import Cancelled, Pictures
 from . import cards
 from .adapters import wear
 from .controls import QUIET, SAVE, SHOWN, TICKET, Controls, lay_out
-from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Update, Waiting, owner_of
+from .lane import AT_ONCE, REFUSED, Drawing, Lane, Step, Update, Waiting, owner_of, turn_of
 from .request import (
     AS_WRITTEN,
     NOTHING,
@@ -112,7 +112,8 @@ class Tab:
         try:
             worn = wear(self.lane, self.lane.models.engine(model), person, adapter, weight)
             asked = replace(asked_for(words, negative, seed, steps, guidance, count, size), loras=worn)
-            drawing = self.lane.start(_owner(ticket, request), asked, owner_of(request), model)
+            owner, page, turn = _owner(ticket, request), owner_of(request), turn_of(request)
+            drawing = self.lane.start(owner, asked, page, model, turn)
         except REFUSED as error:
             raise gr.Error(str(error), title="Not now", duration=10) from error
         return self._begun(drawing) | {self.at.seed: seed}

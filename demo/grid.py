@@ -16,12 +16,12 @@ from diffusionfm.inputs import open_picture
 from diffusionfm.serve.jobs import Request
 
 from .adapters import Picker, place, wear
-from .cards import VEIL, data_url, note, veiled
+from .cards import VEIL, data_url, note, notes, veiled
 from .controls import QUIET, actions, easel, tuning
 from .create import roll
-from .lane import REFUSED, Lane, Update, owner_of
+from .lane import REFUSED, Lane, Update, turn_of
 from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, small
-from .shelf import DrawTab, Progress, draw_all
+from .shelf import DrawTab, draw_all
 
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."
@@ -140,7 +140,6 @@ def _settings(lane: Lane) -> dict[str, Any]:
 class Tab(DrawTab):
     """What the tab's components do."""
 
-    name = "grid"
     at: Controls
 
     def draw(
@@ -178,9 +177,9 @@ class Tab(DrawTab):
         except REFUSED as error:
             raise gr.Error(str(error), title="This grid cannot be drawn", duration=10) from error
         yield self.busy(f"Drawing {len(requests)} pictures.")
-        for event in draw_all(engine, owner_of(request), requests):
-            if isinstance(event, Progress):
-                yield {self.at.status: event.shown(len(requests))}
+        for event in draw_all(engine, turn_of(request), requests):
+            if not isinstance(event, list):
+                yield self.progress(event, len(requests))
                 continue
             facts: dict[str, Any] = {"": base["prompt"]} | {
                 name: base[name] for name in ("seed", "steps", "guidance")
@@ -193,6 +192,7 @@ class Tab(DrawTab):
             said = in_common([parameters(engine.pipe.model_name, *pair)[0] for pair in pairs])
             told = f"{len(requests)} pictures, {x} across" + (f", {y} down" if down else "")
             flagged = [word for drawn in event for word in drawn.flagged]
+            advice = [*dict.fromkeys(word for drawn in event for word in drawn.warnings), *veiled(flagged)]
             yield self.rest() | {
                 self.at.stage: _figure(
                     encode_png(sheet, said if self.lane.metadata else None),
@@ -200,8 +200,8 @@ class Tab(DrawTab):
                     file_name(f"grid {base['prompt']}"),
                     bool(flagged),
                 ),
-                self.at.status: note(" ".join([told, *veiled(flagged)])),
-                self.at.said: " ".join([f"The sheet is drawn: {told}.", *veiled(flagged)]),
+                self.at.status: note(told) + notes(advice, "warn"),
+                self.at.said: " ".join([f"The sheet is drawn: {told}.", *advice]),
             }
 
 

@@ -1,6 +1,6 @@
 // What was drawn, kept by this browser alone and only when asked to. Runs as js_on_load, with `element` and `trigger`.
 // An entry is {text, picture}: the settings as one can paste them, and a thumbnail as a data URL.
-const PLACE = 'diffusionfm-history', MOST = 60, SIDE = 96;
+const PLACE = 'diffusionfm-history', MOST = 60, SIDE = 96, VEILED = 6;  // pixels wide and tall
 const part = name => element.querySelector(`[data-part=${name}]`);
 
 const read = () => { try { return JSON.parse(localStorage.getItem(PLACE)); } catch { return null; } };
@@ -32,9 +32,9 @@ const show = () => {
   }));
 };
 
-const thumbnail = picture => {
+const thumbnail = (picture, side) => {
   const canvas = document.createElement('canvas');
-  const scale = SIDE / Math.max(picture.naturalWidth, picture.naturalHeight);
+  const scale = side / Math.max(picture.naturalWidth, picture.naturalHeight);
   canvas.width = Math.max(1, picture.naturalWidth * scale);
   canvas.height = Math.max(1, picture.naturalHeight * scale);
   const pen = canvas.getContext('2d');
@@ -50,7 +50,8 @@ const remember = async () => {
     const text = card.querySelector('[data-copy]').dataset.copy, picture = new Image();
     picture.src = card.querySelector('img').src;
     await picture.decode();
-    return {text, picture: thumbnail(picture)};
+    const veiled = card.querySelector('.veil input:not(:checked)');  // of such no more is kept than a blur
+    return {text, picture: thumbnail(picture, veiled ? VEILED : SIDE)};
   }));
   if (read() === null) return;  // unticked meanwhile
   const known = new Set(drawn.map(entry => entry.text));

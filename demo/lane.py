@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from diffusionfm.drawing import Cancelled, Pictures, Task
+from diffusionfm.serve.access import Access
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 from diffusionfm.serve.models import Models
 
@@ -72,6 +73,11 @@ def owner_of(request: Any) -> str:
     return str(request.session_hash)
 
 
+def turn_of(request: Any) -> str:
+    """Whose turn a drawing takes: the login's, or where there is none that of an open page at its address."""
+    return Access.turn(request.state.caller, owner_of(request))
+
+
 @dataclass(eq=False)
 class Drawing:
     """One person's drawing, from the click to the last picture. Several may look on, one after another.
@@ -128,8 +134,12 @@ class Lane:
         self.pickers: dict[str, Any] = {}  # of adapters, by tab
         self._drawings: dict[str, Drawing] = {}
 
-    def start(self, owner: str, request: Request, page: str = "", model: str | None = None) -> Drawing:
-        """Queue the owner's next drawing, which takes the place of the last one. Raises one of REFUSED at once."""
+    def start(
+        self, owner: str, request: Request, page: str = "", model: str | None = None, turn: str = ""
+    ) -> Drawing:
+        """Queue the owner's next drawing, which takes the place of the last one. Raises one of REFUSED at once.
+
+        turn: whose turn it takes, as `turn_of` has it; "" for the owner's own."""
         self._sweep()
         engine = self.models.engine(model)
         if old := self._drawings.get(owner):
@@ -140,7 +150,7 @@ class Lane:
         advice = engine.pipe.advice([task], [name for name, _ in request.loras])
         drawing = Drawing(request, page, engine.pipe.model_name, advice)
         drawing.paces.append((time.monotonic(), 0))
-        drawing.future = engine.submit(request, owner, drawing.report)
+        drawing.future = engine.submit(request, turn or owner, drawing.report)
         drawing.ahead = partial(engine.ahead, drawing.future)
         drawing.future.add_done_callback(drawing.end)
         self._drawings[owner] = drawing
@@ -205,10 +215,6 @@ class Lane:
             if drawing.page == page:
                 drawing.left = time.monotonic()
         self._sweep()
-
-    def result(self, owner: str, request: Request) -> Pictures:
-        """Draw with the first model, without looking on: the pictures."""
-        return outcome(self.models.first.submit(request, owner))
 
     def _sweep(self) -> None:
         """Stop what nobody came back to; forget what ended and nobody looks at, and the oldest of too many."""

@@ -6,9 +6,10 @@ import base64
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import gradio as gr
@@ -17,26 +18,30 @@ from diffusionfm.drawing import Pictures
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 
-from .cards import VEIL, bar, data_url, note
+from .cards import VEIL, bar, data_url, note, waiting
 from .controls import QUIET, SHOWN
-from .lane import AT_ONCE, REFUSED, Lane, Update, outcome
+from .lane import LOOK, REFUSED, Lane, Update, Waiting, outcome
 from .request import file_name
 
+VEILED = "veiled"
 TAKE = """element.addEventListener('click', event => {
-  const button = event.target.closest('button[data-take]');
-  if (button) trigger('click', {value: button.closest('figure').querySelector('img').src});
+  const card = event.target.closest('button[data-take]')?.closest('.card');
+  if (!card) return;
+  const veiled = card.querySelector('.veil input:not(:checked)');
+  trigger('click', {value: veiled ? 'veiled' : card.querySelector('img').src});
 });"""
-"""Tells Python of a picture's button with the picture itself, as a data URL."""
-LAST = "() => document.querySelector('#stage .card img')?.src ?? ''"
-"""The first picture on Create's stage, as a data URL; empty where there is none."""
+"""Tells Python of a picture's button with the picture itself, as a data URL, or `VEILED` for one that is blurred."""
+LAST = """() => {
+  const card = document.querySelector('#stage .card:has(img)');
+  return card?.querySelector('.veil input:not(:checked)') ? 'veiled' : card?.querySelector('img').src ?? '';
+}"""
+"""The first picture on Create's stage in the same way; empty where there is none."""
 MAX_URL = 2**23
 
 
 class DrawTab:
     """A tab that draws what it is asked for in one event. at: its components, among them draw, cancel, stage, status,
     said, seed and adapter. A subclass says what is asked for, and what is made of the pictures."""
-
-    name = ""
 
     def __init__(self, lane: Lane, at: Any):
         self.lane, self.at = lane, at
@@ -50,19 +55,20 @@ class DrawTab:
         at = self.at
         who = [self.lane.person, self.lane.model.choice, at.adapter.choice, at.adapter.weight]
         seen = [at.stage, at.status, at.said, at.draw, at.cancel, at.seed]
-        once: dict[str, Any] = {
-            "trigger_mode": "once",
-            "concurrency_id": self.name,
-            "concurrency_limit": AT_ONCE,
-        }
+        once: dict[str, Any] = {"trigger_mode": "once", "concurrency_limit": None}  # the engine refuses
         drawing = gr.on(triggers, self.draw, [*who, *asked], seen, **once, **SHOWN)
         drawing.failure(self.clear, None, seen, **QUIET)
         at.cancel.click(self.cancelled, None, seen, cancels=[drawing], **QUIET)
 
     def busy(self, said: str) -> Update:
         """While it draws."""
-        at = self.at
+        at, said = self.at, " ".join(filter(None, [said, self.lane.runs.company()]))
         return {at.said: said, at.draw: gr.Button(interactive=False), at.cancel: gr.Button(interactive=True)}
+
+    def progress(self, event: Waiting | Progress, count: int) -> Update:
+        """The place in the queue or how far `count` pictures are, and what takes its share meanwhile."""
+        line = waiting(event.ahead) if isinstance(event, Waiting) else event.shown(count)
+        return {self.at.status: line + note(self.lane.runs.company(), "warn")}
 
     def rest(self) -> Update:
         """Ready for the next drawing."""
@@ -88,30 +94,34 @@ class Progress:
     def shown(self, count: int) -> str:
         """The progress line of `count` pictures."""
         per_cent, seconds = round(100 * self.share), max(1, round(self.seconds_left))
-        left = f" · about {seconds} s left" if self.share else ""
-        return bar(
-            per_cent, 100, f"{'One picture' if count == 1 else f'{count} pictures'} · {per_cent} %{left}"
-        )
+        pictures = "One picture" if count == 1 else f"{count} pictures"
+        return bar(per_cent, 100, f"{pictures} · {per_cent} % · about {seconds} s left")
 
 
-def draw_all(engine: Engine, owner: str, requests: Sequence[Request]) -> Iterator[Progress | list[Pictures]]:
-    """Draw requests side by side: yields `Progress`, then the pictures of each, in their order.
+def draw_all(
+    engine: Engine, turn: str, requests: Sequence[Request]
+) -> Iterator[Waiting | Progress | list[Pictures]]:
+    """Draw requests side by side: yields `Waiting` and `Progress`, then the pictures of each, in their order.
 
     The engine lets them share network calls. Whatever it raises is raised here, for people. Leaving the iterator early,
-    as Gradio does for Cancel and for a closed page, stops them all within a step.
+    as Gradio does for Cancel and for a closed page, stops them all within a step; it can do so between two events
+    alone, so there is one every LOOK seconds.
     """
     events: SimpleQueue[Any] = SimpleQueue()
     shares, began = [0.0] * len(requests), time.monotonic()
     futures: list[Future[Pictures]] = []
     try:
         for k, request in enumerate(requests):
-            futures.append(engine.submit(request, owner, _teller(events, k)))
+            futures.append(engine.submit(request, turn, _teller(events, k)))
             futures[-1].add_done_callback(lambda future: events.put(None))
         while not all(future.done() for future in futures):
             for told in _drain(events):
                 shares[told[0]] = told[1]
-            share = sum(shares) / len(shares)
-            yield Progress(share, (time.monotonic() - began) * (1 - share) / max(share, 1e-3))
+            if share := sum(shares) / len(shares):
+                yield Progress(share, (time.monotonic() - began) * (1 - share) / share)
+            else:
+                began = time.monotonic()  # the wait tells nothing of the pace
+                yield Waiting(engine.ahead(futures[0]))
         yield [outcome(future) for future in futures]
     except CancelledError as error:
         raise gr.Error("The drawing was stopped.", duration=6) from error
@@ -127,14 +137,13 @@ def _teller(events: SimpleQueue[Any], k: int) -> Any:
 
 
 def _drain(events: SimpleQueue[Any]) -> Iterator[tuple[int, float]]:
-    """What was told since the last look; waits for something."""
-    event = events.get()
-    while True:
-        if event is not None:
-            yield event
-        if events.empty():
-            return
-        event = events.get()
+    """What was told since the last look; waits for something, LOOK seconds at most."""
+    with suppress(Empty):
+        event = events.get(timeout=LOOK)
+        while True:
+            if event is not None:
+                yield event
+            event = events.get_nowait()
 
 
 def shelf(
@@ -162,6 +171,8 @@ def shelf(
 
 def bytes_of(url: str) -> bytes:
     """The PNG file of a data URL that a page sent back; ValueError for anything else, or over 8 MiB."""
+    if url == VEILED:
+        raise ValueError("the picture is blurred: tick its Show anyway first")
     head, _, body = url[: MAX_URL + 1].partition(",")
     if head != "data:image/png;base64" or len(url) > MAX_URL:
         raise ValueError("there is no picture yet: draw one in Create first, or upload one")

@@ -16,13 +16,13 @@ from diffusionfm.inputs import contain, open_picture
 from diffusionfm.serve.jobs import Request
 
 from .adapters import Picker, place, wear
-from .cards import drawing, empty, note, veiled
+from .cards import drawing, empty, note, notes, veiled
 from .controls import QUIET, SHOWN, actions, easel, tuning
 from .create import roll
 from .editor import canvas_of, editor, painted
-from .lane import REFUSED, Lane, Update, owner_of
+from .lane import REFUSED, Lane, Update, turn_of
 from .request import MAX_COUNT, MAX_PROMPT, MAX_SEED, encode, seeds_in_words, small
-from .shelf import LAST, TAKE, DrawTab, Progress, bytes_of, draw_all, shelf
+from .shelf import LAST, TAKE, DrawTab, bytes_of, draw_all, shelf
 
 HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
@@ -140,7 +140,6 @@ def _settings(lane: Lane) -> dict[str, Any]:
 class Tab(DrawTab):
     """What the tab's components do."""
 
-    name = "vary"
     at: Controls
 
     def draw(
@@ -182,11 +181,11 @@ class Tab(DrawTab):
         except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
         yield self.busy("Drawing.") | {self.at.seed: asked.seed, self.at.stage: drawing([], asked.num_images)}
-        for event in draw_all(engine, owner_of(request), [asked]):
-            if isinstance(event, Progress):
-                yield {self.at.status: event.shown(asked.num_images)}
-            else:
+        for event in draw_all(engine, turn_of(request), [asked]):
+            if isinstance(event, list):
                 yield self._finished(engine.pipe.model_name, asked, event[0])
+            else:
+                yield self.progress(event, asked.num_images)
 
     def _finished(self, model: str, asked: Request, drawn: Pictures) -> Update:
         assert asked.start is not None
@@ -194,13 +193,13 @@ class Tab(DrawTab):
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
         )
-        told = " ".join([told, *drawn.warnings, *veiled(drawn.flagged)])
+        advice = [*drawn.warnings, *veiled(drawn.flagged)]
         return self.rest() | {
             self.at.stage: shelf(
                 files, [asked.prompt] * len(files), drawn.seeds, take="Vary this", flagged=bool(drawn.flagged)
             ),
-            self.at.status: note(told),
-            self.at.said: f"{len(files)} drawn: {told}.",
+            self.at.status: note(told) + notes(advice, "warn"),
+            self.at.said: " ".join([f"{len(files)} drawn: {told}.", *advice]),
         }
 
     def upload(self, file: str, model: str | None) -> Update:
@@ -232,7 +231,7 @@ class Tab(DrawTab):
         try:
             data = bytes_of(url or "")
         except ValueError as error:
-            raise gr.Error(str(error), title="No picture yet", duration=6) from error
+            raise gr.Error(str(error), title="No picture taken", duration=6) from error
         return self.give(data, model)
 
     def take_again(self, event: gr.EventData, model: str | None) -> Update:

@@ -36,6 +36,7 @@ WATCH_BAR = """window.steps = []; new MutationObserver(() => {
 }).observe(document.querySelector('#status'), {childList: true, subtree: true});"""
 TABS = ("Create", "Vary", "Grid", "Restore", "Fine-tune", "Batch")
 PICTURE = ".card img[alt*='seed']"
+CARD = ("[data-value^=keep]", "[data-copy]", "[data-value^=svg]", "a[download]")
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +131,17 @@ def steps_drawn(studio: str) -> int:
     return int(float(re.search(r"^diffusionfm_\w*steps\w* ([0-9.e+]+)$", text, re.M)[1]))
 
 
-def choose_count(page, count: int) -> None:
-    field = page.locator("#count input[type=number]")
-    field.fill(str(count))
+def set_number(page, slider: str, number: int) -> None:
+    """Type the number of a slider, opening the settings that hold it."""
+    field = page.locator(f"{slider} input[type=number]")
+    if not field.is_visible():
+        page.locator(".more > button:visible").click()
+    field.fill(str(number))
     field.press("Tab")
+
+
+def choose_count(page, count: int) -> None:
+    set_number(page, "#count", count)
 
 
 def test_a_prompt_becomes_a_picture(page, tmp_path):
@@ -326,10 +334,73 @@ def test_two_people_at_once_get_their_own_pictures(page, browser, studio, slow_m
     other.context.close()
 
 
+def test_a_flagged_picture_stays_blurred_until_it_is_wanted(page):
+    expect = sync_api.expect
+    page.check("#history [data-part=wanted]")
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a nude")
+    page.click("#generate")
+    picture, kept = page.locator(PICTURE), page.locator("#history li img")
+    expect(picture).to_have_css("filter", re.compile("blur"))
+    assert kept.evaluate("i => i.decode().then(() => i.naturalWidth)") <= 6
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    page.wait_for_selector("text=tick its Show anyway first")
+    assert page.locator("#vary-canvas").is_hidden()
+    open_tab(page, "Create")
+    page.check("#stage .veil input")
+    expect(picture).to_have_css("filter", "none")
+    page.wait_for_function("document.querySelector('#history li img').naturalWidth === 96")
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    expect(page.locator("#vary-canvas")).to_be_visible()
+    set_number(page, "#vary-count", 1)
+    set_number(page, "#vary-steps", 2)
+    page.fill("#vary-prompt :is(textarea, input)", "a nude")
+    page.click("#vary-draw")
+    expect(page.locator("#vary-stage .card img")).to_have_css("filter", re.compile("blur"))
+    page.click("#vary-stage button[data-take]")
+    page.wait_for_selector("text=tick its Show anyway first")
+    assert "Picture taken" not in page.locator("#vary-announcer").inner_text()
+    page.check("#vary-stage .veil input")
+    page.click("#vary-stage button[data-take]")
+    expect(page.locator("#vary-announcer")).to_contain_text("Picture taken")
+
+
+def test_the_keyboard_reaches_all_from_the_prompt_to_a_card_and_is_never_trapped(page):
+    choose_count(page, 1)
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#generate")
+    page.wait_for_selector(PICTURE)
+    sync_api.expect(page.locator("#generate")).to_be_enabled()
+    page.focus("#prompt textarea")
+    wanted = ["#generate", "#seed input", *(f"#stage .card :is({part})" for part in CARD)]
+    for key in ("Tab", "Shift+Tab"):
+        for selector in wanted:
+            for _ in range(100):
+                page.keyboard.press(key)
+                if page.evaluate("one => document.activeElement.matches(one)", selector):
+                    break
+            else:
+                pytest.fail(f"{key} does not reach {selector}")
+        wanted = [*reversed(wanted[:-1]), "#prompt textarea"]
+
+
+def serious(page, title: str) -> list[str]:
+    """What axe finds on a page that keeps people out."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page.wait_for_timeout(500)
+    return [
+        f"{title}: {one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
+        for one in axe.run(page).response["violations"]
+        for node in one["nodes"]
+        if node["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_serious_is_found_by_axe(page, studio, theme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+def test_nothing_serious_is_found_by_axe(page, studio, drawing, theme):
     page.goto(f"{studio}?__theme={theme}")
     page.wait_for_selector("#generate")
     page.click("#more > button")
@@ -339,17 +410,34 @@ def test_nothing_serious_is_found_by_axe(page, studio, theme):
     page.click("#generate")
     page.wait_for_selector(PICTURE)
     page.wait_for_selector("#history li img")
-    serious = []
+    found = []
     for title in TABS:
         open_tab(page, title)
-        page.wait_for_timeout(500)
-        serious += [
-            f"{title}: {one['id']}: {node['html'][:200]} {node.get('failureSummary', '')}"
-            for one in axe.run(page).response["violations"]
-            for node in one["nodes"]
-            if node["impact"] in ("serious", "critical")
-        ]
-    assert not serious, "\n".join(serious)
+        found += serious(page, f"{title}, bare")
+    open_tab(page, "Vary")
+    page.click("#vary-last")
+    page.locator("#vary-canvas").wait_for()
+    set_number(page, "#vary-steps", 20)
+    page.fill("#vary-prompt :is(textarea, input)", "a nude zebra")
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-status .bar")
+    found += serious(page, "Vary, drawing")
+    page.wait_for_selector("#vary-stage .card img[alt*='seed']")
+    found += serious(page, "Vary, drawn")
+    open_tab(page, "Grid")
+    page.fill("#grid-prompt :is(textarea, input)", "a red zebra")
+    page.fill("#grid-xs :is(textarea, input)", "red, blue")
+    page.fill("#grid-ys :is(textarea, input)", "1-2")
+    set_number(page, "#grid-steps", 3)
+    page.click("#grid-draw")
+    page.wait_for_selector("#grid-stage img.whole")
+    sync_api.expect(page.locator("#grid-status .warn")).to_contain_text("zebra")
+    found += serious(page, "Grid, drawn")
+    open_tab(page, "Restore")
+    page.set_input_files("#restore-file input[type=file]", drawing)
+    page.wait_for_selector(".told dl")
+    found += serious(page, "Restore, told")
+    assert not found, "\n".join(found)
 
 
 def test_the_dark_theme_is_dark(page, studio):

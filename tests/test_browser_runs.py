@@ -20,7 +20,7 @@ from serving import write_lora
 
 from diffusionfm.images import read_parameters
 from tests.finetune_toys import draw_pictures
-from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, wait_for
+from tests.test_browser import BROWSERS, PICTURE, QUIET, ROOT, choose_count, is_error, serious, wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -99,6 +99,14 @@ def fits(page, path: Path) -> None:
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
+def bars_nobody(page, url: str, name: str, result: str) -> None:
+    """Neither theme has anything serious for axe to find, with a run's results on the page."""
+    for theme in ("light", "dark"):
+        tab(page, f"{url}?__theme={theme}", name).wait_for_selector(result)
+        found = serious(page, f"{name}, {theme}")
+        assert not found, "\n".join(found)
+
+
 def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
     url, runs = desk
     page = tab(context.new_page(), url, "Fine-tune")
@@ -121,6 +129,7 @@ def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
     fill(page, "#ft-steps", STEPS)
     page.click("#ft-start")
     page.wait_for_selector("#ft-status .bar:not([aria-valuenow='0'])")
+    assert not serious(page, "Fine-tune, under way")
 
     page.reload()  # the run goes on, and the page finds it again
     page.get_by_role("tab", name="Fine-tune").click()
@@ -148,6 +157,7 @@ def test_pictures_become_an_adapter_that_draws(context, desk, tmp_path):
         inside = {name.rpartition("/")[2] for name in archive.namelist()}
     assert inside >= {"adapter_config.json", "adapter_model.safetensors", "report.html", "finetune.json"}
     fits(page, tmp_path / "phone.png")
+    bars_nobody(page, url, "Fine-tune", "#ft-curves svg")
 
     page.click("#ft-use")
     expect(page.locator("#adapter input")).to_have_value("rings (tiny)")
@@ -242,6 +252,7 @@ def test_rows_become_pictures_to_take_away(context, desk, tmp_path):
         names = [Path(name).name for name in archive.namelist()]
     assert sum(name.endswith(".png") for name in names) == 7 and "manifest.jsonl" in names  # six and a sheet
     fits(page, tmp_path / "phone.png")
+    bars_nobody(page, url, "Batch", "#b-stage img")
 
     page.click("#b-new")
     expect(page.locator("#b-rows textarea")).to_have_value("")

@@ -35,7 +35,7 @@ from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.models import Models, find_models
 
 ME, TICKET = new_person(), "0" * 32
-PAGE = SimpleNamespace(session_hash="page")
+PAGE = SimpleNamespace(session_hash="page", state=SimpleNamespace(caller="127.0.0.1"))
 PICTURE = Image.new("RGBA", (32, 32), "orange")
 
 
@@ -131,6 +131,15 @@ def test_a_grid_weighs_an_adapter(studio, rings):
     assert (told["prompt"], told["seed"], told["model"]) == ("a red apple", 3, "tiny") and "lora" not in told
     with pytest.raises(gr.Error, match="no LoRA is in use"):
         list(tabs.grid.draw(ME, "tiny", "none", 1.0, *asked))
+
+
+def test_a_grid_tells_what_the_prompt_loses_once(studio):
+    _, tabs = studio
+    prompt = "a red apple " * 20 + "and a walrus"
+    update = last(
+        tabs.grid.draw(ME, "tiny", "none", 1.0, prompt, "seed", "0-1", "none", "", 3, 2, 3.0, "", None, PAGE)
+    )
+    assert update[tabs.grid.at.status].count("walrus") == update[tabs.grid.at.said].count("walrus") == 1
 
 
 def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,12 +16,13 @@ from PIL import Image
 
 from demo import cards, grid, restore, runcards, shelf
 from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
-from demo.lane import Lane
+from demo.lane import Lane, Waiting
 from demo.vary import HOW_FAR
 from diffusionfm.images import encode_png
 from diffusionfm.serve.engine import Engine
-from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.jobs import Limits, Request
 from diffusionfm.serve.models import Models
+from tests.serving import Gate
 
 
 @pytest.fixture
@@ -41,8 +43,29 @@ def test_requests_are_drawn_side_by_side_and_in_their_order(lane, tiny_pipe):
     *shares, drawn = shelf.draw_all(lane.models.first, "me", requests)
     assert [pictures.seeds for pictures in drawn] == [[1], [2], [3]]
     assert lane.models.first.counts.calls < 18  # they shared calls
-    told = [now.share for now in shares]
+    told = [now.share for now in shares if isinstance(now, shelf.Progress)]
     assert told == sorted(told) and told[0] <= 1
+
+
+def test_who_waits_is_told_the_place_and_of_a_run_under_way(tiny_pipe, monkeypatch):
+    with Engine(tiny_pipe, Limits(batch=1)) as engine:
+        gate, lane = Gate(), Lane(Models(engine))
+        engine.submit(Request("yellow star", steps=2), "other", gate)
+        assert gate.reached.wait(60)
+        engine.submit(Request("yellow star", steps=1), "another")
+        drawing = shelf.draw_all(
+            engine, "me", [Request("a red apple", steps=2), Request("a red apple", steps=2)]
+        )
+        place = next(drawing)
+        assert place == next(drawing) == Waiting(2)  # nothing has happened, and yet it can be left
+        gate.opened.set()
+        *events, drawn = drawing
+        assert len(drawn) == 2 and isinstance(events[-1], shelf.Progress)
+        monkeypatch.setattr(lane.runs, "company", lambda: "a training is under way.")
+        tab = shelf.DrawTab(lane, SimpleNamespace(status="status", said="said", draw="draw", cancel="cancel"))
+        status = tab.progress(place, 2)["status"]
+        assert "2 drawings of others before yours" in status and "A training is under way.<" in status
+        assert tab.busy("Drawing.")["said"] == "Drawing. a training is under way."
 
 
 def test_leaving_early_stops_all(lane):
@@ -76,6 +99,8 @@ def test_a_data_url_is_the_picture_or_an_error():
     for bad in ("", "data:image/svg+xml;base64,AAAA", "http://127.0.0.1/a.png", "data:image/png;base64,@@"):
         with pytest.raises(ValueError):
             shelf.bytes_of(bad)
+    with pytest.raises(ValueError, match="tick its Show anyway"):
+        shelf.bytes_of(shelf.VEILED)
     with pytest.raises(ValueError, match="no picture yet"):
         shelf.bytes_of("data:image/png;base64," + "A" * shelf.MAX_URL)
 

@@ -147,7 +147,8 @@ class Access:
             raise self._unknown()
         return found or address
 
-    def turn(self, caller: str, user: str) -> str:
+    @staticmethod
+    def turn(caller: str, user: str) -> str:
         """Between whom turns go round: logins, keys, or where all share one or none, the users that requests name."""
         return caller if caller.startswith(("login ", "key ")) else f"{caller} {user}"
 

@@ -21,7 +21,7 @@ SPARE = 2**30  # of the disk
 
 
 class Gate:
-    """ASGI middleware that turns away what the app should not even see.
+    """ASGI middleware that turns away what the app should not even see, and tells it who asks: `request.state.caller`.
 
     access: whoever it does not know gets nothing but `open_paths`. paths: the app's own that are served; one that ends
     with a slash stands for all that begin so. uploads: the path that takes files, folder: where they are kept.
@@ -57,7 +57,7 @@ class Gate:
     def _check(self, request: Request) -> None:
         """Raises Refusal, status 401, 403, 404, 411, 413, 429 or 507."""
         path = request.scope["path"]
-        caller = self.access.caller(request, open_to_all=_in(path, self.open_paths))
+        caller = request.state.caller = self.access.caller(request, open_to_all=_in(path, self.open_paths))
         if path.startswith(self.own):
             return
         if not _in(path, self.paths) and not _in(path, self.open_paths):
