@@ -31,11 +31,12 @@ TAKE = """element.addEventListener('click', event => {
   trigger('click', {value: veiled ? 'veiled' : card.querySelector('img').src});
 });"""
 """Tells Python of a picture's button with the picture itself, as a data URL, or `VEILED` for one that is blurred."""
-LAST = """() => {
+LAST = """(url, model) => {
   const card = document.querySelector('#stage .card:has(img)');
-  return card?.querySelector('.veil input:not(:checked)') ? 'veiled' : card?.querySelector('img').src ?? '';
+  const veiled = card?.querySelector('.veil input:not(:checked)');
+  return [veiled ? 'veiled' : card?.querySelector('img').src ?? '', model];
 }"""
-"""The first picture on Create's stage in the same way; empty where there is none."""
+"""The first picture on Create's stage in the same way, empty where there is none, before the chosen model."""
 MAX_URL = 2**23
 
 
