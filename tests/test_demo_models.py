@@ -23,7 +23,7 @@ from serving import near, write_lora
 from demo import batch, controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
 from demo.editor import CANVAS
-from demo.lane import Failed, Lane
+from demo.lane import Failed, Lane, outcome
 from demo.models import model_picker
 from demo.person import person
 from demo.request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, asked_for
@@ -205,7 +205,7 @@ def test_a_drawing_that_breaks_off_is_told_without_internals(studio, monkeypatch
             list(drawing)
         assert "secret" not in str(caught.value)
     with pytest.raises(Failed):  # of the endpoint for programs
-        lane.result("page", asked_for("a red apple", "", 1, 2, 3.0, 1))
+        outcome(lane.models.first.submit(asked_for("a red apple", "", 1, 2, 3.0, 1), "page"))
 
 
 def test_every_file_that_is_handed_out_says_what_it_is(studio):
