@@ -117,6 +117,8 @@ def seal() -> None:
     built already.
     """
     above = os.environ.get("GRADIO_TEMP_DIR")
+    if above:
+        Path(above).mkdir(parents=True, exist_ok=True)
     for name in [n for n in os.environ if n.startswith("GRADIO_")] + ["SYSTEM", "SPACE_ID"]:
         os.environ.pop(name, None)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
