@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -69,7 +70,13 @@ def studio(slow_model):
         "--device",
         "cpu",
     ]
-    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as server:
+    spare = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # a core for the browser, which else shows no frame meanwhile
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=spare) as server,
+    ):
         url = f"http://127.0.0.1:{port}/"
         try:
             wait_for(url, server, log)
