@@ -194,9 +194,6 @@ def launch(
         **looks,
         **LAUNCH | {"server_name": access.host, "share": access.shared},
     )
-    studio.limiter = (
-        None  # Gradio makes one outside the server's loop, which holds back the steps of a drawing
-    )
 
 
 def main(
