@@ -52,7 +52,7 @@ def test_padding_changes_nothing(model):
     junk = torch.where(mask[..., None], text, 100.0)
     longer = torch.cat([junk, torch.full((3, 7, 16), -50.0)], 1)
     torch.testing.assert_close(
-        model(x, t, longer, F.pad(mask, (0, 7), value=False)), model(x, t, text, mask), atol=1e-4, rtol=1e-4
+        model(x, t, longer, F.pad(mask, (0, 7), value=False)), model(x, t, text, mask), atol=1e-5, rtol=1e-5
     )
 
 
@@ -76,7 +76,7 @@ def test_a_picture_does_not_depend_on_its_batch(model):
     together = model(*batch)
     for i in range(3):
         alone = model(*(value[i : i + 1] for value in batch))
-        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-5, rtol=1e-5)
 
 
 def test_cached_text_gives_the_same_picture(model):
@@ -194,7 +194,7 @@ def test_x0_prediction_gives_the_velocity_that_leads_to_it():
     plain = DiffusionTransformer(**TINY).eval()
     plain.load_state_dict(model.state_dict())
     x0 = plain(x, t, text, mask)
-    torch.testing.assert_close(x - t[:, None, None, None] * model(x, t, text, mask), x0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x - t[:, None, None, None] * model(x, t, text, mask), x0, atol=1e-5, rtol=1e-5)
     at_the_end = model(x, torch.zeros(3), text, mask)
     torch.testing.assert_close(at_the_end, (x - plain(x, torch.zeros(3), text, mask)) / LEAST_TIME)
 
@@ -260,7 +260,7 @@ def test_the_kept_tokens_keep_their_positions():
     at = order[..., None].expand(-1, -1, 32)
     shuffled = block(x.gather(1, at), modulation, kv, keys, rope[:, order])
     torch.testing.assert_close(
-        shuffled, block(x, modulation, kv, keys, rope).gather(1, at), atol=1e-4, rtol=1e-4
+        shuffled, block(x, modulation, kv, keys, rope).gather(1, at), atol=1e-5, rtol=1e-5
     )
 
 
@@ -289,7 +289,7 @@ def test_a_route_compiles():
     torch._dynamo.reset()
     model = routed(route=ROUTE)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(drawn(compiled), drawn(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(drawn(compiled), drawn(model), atol=1e-5, rtol=1e-5)
 
 
 def test_a_route_saves_the_work_it_says():
