@@ -25,9 +25,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.text import truncated_words
 
 Say = Callable[[str], object]
-Sample = dict[
-    str, Any
-]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" where the base model drew it
+Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"; "own" if the base model drew it
 
 MAX_HELD_OUT = 64
 SHEET_PROMPTS = 4
