@@ -108,9 +108,18 @@ def find(lane: Lane, person: str, name: str, pipe: DiffusionFMPipeline) -> str |
     for _, choice in choices(lane, person):
         with suppress(ValueError):  # it is for another model
             adapter = chosen(lane, person, choice, 1.0, pipe)
-            if adapter and name in (_told(adapter), adapter.source.name):  # the second is what a batch tells
+            if adapter and name in (
+                _told(adapter.name),
+                adapter.source.name,
+            ):  # the second is what a batch tells
                 return choice
     return None
+
+
+def names(lane: Lane, person: str) -> list[str]:
+    """What `find` knows those by that a person may choose, and `NONE`."""
+    own = [run.facts["name"] for run in lane.runs.all(person, "finetune") if _is_done(run.out)]
+    return [NONE, *dict.fromkeys(map(_told, [*own, *lane.pipe.loras]))]
 
 
 def wear(lane: Lane, engine: Engine, person: str, choice: str | None, weight: float) -> Loras:
@@ -130,14 +139,14 @@ def put_on(engine: Engine, adapter: Adapter | None) -> Loras:
         return ((adapter.name, adapter.weight),)
     content = (adapter.source / WEIGHTS).read_bytes()
     secret = hashlib.sha256(str(adapter.source).encode() + content).hexdigest()  # which nobody guesses
-    name = f"{_told(adapter)}+{secret}"
+    name = f"{_told(adapter.name)}+{secret}"
     engine.add_lora(adapter.source, name)
     return ((name, adapter.weight),)
 
 
-def _told(adapter: Adapter) -> str:
-    """Its name as files of pictures say it."""
-    return re.sub(r"[^a-zA-Z0-9 _-]", "-", adapter.name)
+def _told(name: str) -> str:
+    """An adapter's name as files of pictures say it."""
+    return re.sub(r"[^a-zA-Z0-9 _-]", "-", name)
 
 
 def _is_done(out: Path) -> bool:

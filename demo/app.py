@@ -141,6 +141,7 @@ def build(models: Models, runs: Runs | None = None, metadata: bool = True) -> gr
     lane = Lane(models, runs, metadata)
     with gr.Blocks(title=NAME, analytics_enabled=False, delete_cache=(HOUR, HOUR), fill_width=True) as studio:
         lane.person, lane.model, lane.pickers = person(studio), model_picker(lane), pickers(lane)
+        lane.ticket = gr.Textbox(label="Ticket", visible="hidden")
         with gr.Tabs(elem_id="tabs"):
             for title, lay_out in TABS.items():
                 with gr.Tab(title, id=title):

@@ -31,7 +31,7 @@ from .request import small
 from .runs import Run, State
 from .runtab import HIDDEN, RunTab, told, waiting
 
-MOST = 10_000  # pictures of a run in the studio
+MOST = 10_000  # pictures of a run in the studio, and its work in pictures of the model's own size and steps
 LIVE = 12  # pictures shown while it draws
 SETTINGS = ("repeats", "seed", "format", "to", "adapter", "weight", "model")
 
@@ -78,19 +78,25 @@ class Tab(RunTab):
         return run
 
     def _flagged(self, rows: Rows, settings: dict[str, Any]) -> list[str]:
-        """The prompts that are flagged, as the manifest will have them; ValueError for a picture of too much work."""
+        """The prompts that are flagged, as the manifest will have them; ValueError for too much work, one or all."""
         engine, safety = self.lane.models.engine(settings["model"]), self.lane.models.first.safety
         usual = {"negative_prompt": "", **engine.pipe.settings()}
+        own, work = engine.check_work(*(usual[name] for name in ("height", "width", "steps"))), 0
         flagged = []
         for job in jobs.Run(int(settings["seed"]), usual, {}, {}, check=engine.pipe.settings).jobs(rows):
             if job.error:  # it will fail alone
                 continue
             try:
-                engine.check_work(*(job.settings[name] for name in ("height", "width", "steps")))
+                work += engine.check_work(*(job.settings[name] for name in ("height", "width", "steps")))
             except ValueError as error:
                 raise ValueError(f"row {job.id}: {error}") from error
             if safety.check(job.prompt):
                 flagged.append(job.prompt)
+        if work * int(settings["repeats"]) > MOST * own:
+            raise ValueError(
+                f"these rows are more work than {MOST:,} pictures of the model's own size and steps, the most of one "
+                "run: ask for fewer of them, or fewer steps"
+            )
         return flagged
 
     def _command(self, person: str, run: Run, source: Path, settings: dict[str, Any]) -> Command:

@@ -65,17 +65,18 @@ def empty(title: str, words: str) -> str:
     return f'<div class="stage empty"><div class="board"></div><p><b>{escape(title)}</b><br>{escape(words)}</p></div>'
 
 
-def drawing(previews: Sequence[Image.Image], count: int) -> str:
-    """The stage while it draws: the latest previews, or blank frames before the first."""
-    if previews:
-        frames = [
-            f'<img src="{webp(image, PREVIEW_SIZE)}" alt="Preview {i}">'
-            for i, image in enumerate(previews, 1)
-        ]
-    else:
-        frames = [""] * count
+def drawing(previews: Sequence[Image.Image | None], count: int, columns: int = 0) -> str:
+    """The stage while it draws `count` pictures: the latest previews, blank frames for those not begun.
+
+    columns: how many stand beside one another; 0 is what suits the count."""
+    shown = [
+        f'<img src="{webp(p, PREVIEW_SIZE)}" alt="Preview {i}">' if p else ""
+        for i, p in enumerate(previews, 1)
+    ]
+    frames = shown + [""] * (count - len(shown))
     body = "".join(f'<li class="card"><div class="board wet">{frame}</div></li>' for frame in frames)
-    return f'<ul class="stage grid n{len(frames)}" aria-busy="true">{body}</ul>'
+    wide = f' style="grid-template-columns: repeat({columns}, minmax(0, 1fr))"' if columns else ""
+    return f'<ul class="stage grid n{len(frames)}" aria-busy="true"{wide}>{body}</ul>'
 
 
 def results(pictures: Sequence[bytes], parameters: Sequence[Mapping[str, Any]], flagged: bool = False) -> str:
@@ -129,10 +130,12 @@ def place(ahead: int) -> str:
     return f"In the queue: {ahead} drawing{'s' * (ahead > 1)} of others before yours"
 
 
-def progress(step: int, total: int, seconds_left: float) -> str:
-    """The progress line: a bar, the step, and what is left."""
+def progress(step: int, total: int, seconds_left: float, several: int = 0) -> str:
+    """The progress line: a bar, the step, and what is left; of `several` pictures drawn together, per cent."""
     left = f" · {_seconds(seconds_left)} left" if step < total else ""
-    return bar(step, total, f"Step {step} of {total}{left}")
+    return bar(
+        step, total, (f"{several} pictures · {step} %" if several else f"Step {step} of {total}") + left
+    )
 
 
 def bar(done: int, total: int, words: str, label: str = "Drawing") -> str:

@@ -40,9 +40,9 @@ TICKET = """(...given) => {
   const fresh = Array.from(bytes, byte => byte.toString(16).padStart(2, '0')).join('');
   const ticket = sessionStorage.getItem('diffusionfm-ticket') ?? fresh;
   sessionStorage.setItem('diffusionfm-ticket', ticket);
-  return [...given.slice(0, -1), ticket];
+  return [ticket, ...given.slice(1)];
 }"""
-"""Of an event: its last input is the secret name of the browser's tab, by which it finds its drawing after a reload."""
+"""Of an event: its first input is the secret name of the browser's tab, which finds its drawings after a reload."""
 SAVE = """parcel => {
   if (!parcel) return;
   const link = document.createElement('a');
@@ -57,7 +57,7 @@ class Controls:
     """The components of the tab, by name."""
 
     prompt: gr.Textbox
-    generate: gr.Button
+    draw: gr.Button
     cancel: gr.Button
     background: gr.Radio
     style: gr.Dropdown
@@ -78,7 +78,6 @@ class Controls:
     history: gr.HTML
     lessons: gr.HTML
     last: gr.State
-    ticket: gr.Textbox
     parcel: gr.JSON
 
 
@@ -94,13 +93,11 @@ def lay_out(lane: Lane) -> Controls:
             parts |= _settings(lane)
         with gr.Column(min_width=240, elem_classes="easel"):
             parts |= easel("", cards.EMPTY, _script("create.js"))
-            parts["advice"] = gr.HTML("", elem_id="advice")
     parts["history"] = gr.HTML(cards.history(), elem_id="history", js_on_load=_script("history.js"))
     parts["lessons"] = gr.HTML(cards.examples(), elem_id="lessons", js_on_load=TELL)
     return Controls(
         **parts,
         last=gr.State(None),
-        ticket=gr.Textbox(label="Ticket", visible="hidden"),
         parcel=gr.JSON(label="Parcel", visible="hidden"),
     )
 
@@ -123,6 +120,7 @@ def easel(prefix: str, hint: tuple[str, str], script: str) -> dict[str, Any]:
     return {
         "stage": gr.HTML(cards.empty(*hint), elem_id=f"{prefix}stage", js_on_load=script),
         "status": gr.HTML("", elem_id=f"{prefix}status"),
+        "advice": gr.HTML("", elem_id=f"{prefix}advice"),
         "said": gr.HTML("", elem_id=f"{prefix}announcer", **silent),
     }
 
@@ -178,7 +176,7 @@ def _asking() -> dict[str, Any]:
             elem_id="prompt",
         )
     }
-    parts["generate"], parts["cancel"] = actions("Generate", "generate", "cancel")
+    parts["draw"], parts["cancel"] = actions("Generate", "generate", "cancel")
     return parts
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from diffusionfm import sheets
+from diffusionfm.drawing import Pictures
 from diffusionfm.edit import start_from
 from diffusionfm.images import encode_png, in_common
 from diffusionfm.inputs import open_picture
 from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.models import MOST as MODELS_BESIDE
+from diffusionfm.serve.wardrobe import Loras
 
-from .adapters import Picker, place, wear
-from .cards import VEIL, data_url, note, notes, veiled
+from . import cards
+from .adapters import NONE, Picker, find, names, place, wear
 from .controls import QUIET, actions, easel, tuning
 from .create import roll
-from .lane import REFUSED, Lane, Update, turn_of
-from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, small
-from .shelf import DrawTab, draw_all
+from .drawtab import Chosen, DrawTab
+from .lane import Asked, Drawing, Lane, Update
+from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, sizes, small
 
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."
@@ -29,13 +34,14 @@ FIRST = {
     "prompt": "cat, dog, fox",
     "style": "flat emoji, 3D emoji, sticker",
     "background": "transparent, sky blue, gold",
+    "leave out": f"{sheets.NOTHING}, outline, shadow",
     "seed": "0-3",
     "steps": "4, 8, 20",
     "guidance": "1, 2, 4, 8",
     "strength": "0.7, 0.8, 0.9, 1",
-    "lora": "0, 0.5, 1",
+    "weight": "0, 0.5, 1",
 }
-"""What an axis is filled with when it is chosen."""
+"""What an axis is filled with when it is chosen; `Tab.fill` knows the others."""
 HELP = "Values with commas between them, or from-to:step as in 1-9:2. For the prompt, the first is replaced by each."
 
 
@@ -58,6 +64,7 @@ class Controls:
     picture: gr.File
     stage: gr.HTML
     status: gr.HTML
+    advice: gr.HTML
     said: gr.HTML
 
 
@@ -65,10 +72,9 @@ def grid(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks and wire it to the lane."""
     tab = Tab(lane, lay_out(lane))
     at = tab.at
-    axes = [at.x, at.xs, at.y, at.ys]
-    tab.wire([at.draw.click], [at.prompt, *axes, at.seed, at.steps, at.guidance, at.negative, at.picture])
+    tab.wire([at.draw.click])
     for name, values in ((at.x, at.xs), (at.y, at.ys)):
-        name.input(lambda axis: FIRST.get(axis, ""), name, values, **QUIET)
+        name.input(tab.fill, [name, lane.person, lane.model.choice], values, **QUIET)
 
 
 def lay_out(lane: Lane) -> Controls:
@@ -110,7 +116,7 @@ def _asking() -> dict[str, Any]:
                 max_length=MAX_PROMPT,
                 elem_id=f"grid-{name}s",
             )
-    gr.HTML(note(HELP))
+    gr.HTML(cards.note(HELP))
     parts["draw"], parts["cancel"] = actions("Draw the grid", "grid-draw", "grid-cancel")
     return parts
 
@@ -141,13 +147,17 @@ class Tab(DrawTab):
     """What the tab's components do."""
 
     at: Controls
+    name, hint, amiss = "grid", HINT, "This grid cannot be drawn"
 
-    def draw(
+    @property
+    def form(self) -> list[Any]:
+        """As `plan` takes them."""
+        at = self.at
+        return [at.prompt, at.x, at.xs, at.y, at.ys, at.seed, at.steps, at.guidance, at.negative, at.picture]
+
+    def plan(
         self,
-        person: str,
-        model: str | None,
-        adapter: str | None,
-        weight: float,
+        chosen: Chosen,
         prompt: str,
         x: str,
         xs: str,
@@ -158,72 +168,124 @@ class Tab(DrawTab):
         guidance: float,
         negative: str | None,
         picture: str | None,
-        request: gr.Request,
-    ) -> Iterator[Update]:
-        """The drawing: progress, then the sheet."""
-        try:
-            engine = self.lane.models.engine(model)
-            base: dict[str, Any] = {
-                "prompt": (prompt or "").strip(),
-                "negative_prompt": (negative or "").strip(),
-                "seed": roll() if seed is None else int(seed),
-                "steps": int(steps),
-                "guidance": float(guidance),
-                "loras": wear(self.lane, engine, person, adapter, weight),
-            }
-            across = sheets.parse_axis(x, xs)
-            down = None if y == NO_AXIS else sheets.parse_axis(y, ys)
-            requests = _requests(sheets.plan_grid(base, across, down), picture, engine.pipe.defaults)
-        except REFUSED as error:
-            raise gr.Error(str(error), title="This grid cannot be drawn", duration=10) from error
-        yield self.busy(f"Drawing {len(requests)} pictures.")
-        for event in draw_all(engine, turn_of(request), requests):
-            if not isinstance(event, list):
-                yield self.progress(event, len(requests))
-                continue
-            facts: dict[str, Any] = {"": base["prompt"]} | {
-                name: base[name] for name in ("seed", "steps", "guidance")
-            }
-            if base["loras"]:
-                facts["lora"] = f"{base['loras'][0][0].partition('+')[0]}:{weight:g}"
-            facts = {name: value for name, value in facts.items() if name not in (x, y)}
-            sheet = sheets.draw_sheet([drawn.images[0] for drawn in event], across, down, facts)
-            pairs = zip(requests, event, strict=True)
-            said = in_common([parameters(engine.pipe.model_name, *pair)[0] for pair in pairs])
-            told = f"{len(requests)} pictures, {x} across" + (f", {y} down" if down else "")
-            flagged = [word for drawn in event for word in drawn.flagged]
-            advice = [*dict.fromkeys(word for drawn in event for word in drawn.warnings), *veiled(flagged)]
-            yield self.rest() | {
-                self.at.stage: _figure(
-                    encode_png(sheet, said if self.lane.metadata else None),
-                    told,
-                    file_name(f"grid {base['prompt']}"),
-                    bool(flagged),
-                ),
-                self.at.status: note(told) + notes(advice, "warn"),
-                self.at.said: " ".join([f"The sheet is drawn: {told}.", *advice]),
-            }
+    ) -> list[Asked]:
+        """A request for every pair of values."""
+        base: sheets.Settings = {
+            "prompt": (prompt or "").strip(),
+            "negative_prompt": (negative or "").strip(),
+            "seed": roll() if seed is None else int(seed),
+            "steps": int(steps),
+            "guidance": float(guidance),
+            "model": chosen.model,
+            "weight": chosen.weight,
+        }
+        across, down = _axes(x, xs, y, ys)
+        for axis in (across, down):
+            if axis and axis.name == "model" and len(axis.values) > MODELS_BESIDE + 1:
+                raise ValueError(f"{MODELS_BESIDE + 1} models at most are open at a time: name fewer")
+        cells = sheets.plan_grid(base, across, down)
+        if "weight" in (x, y) and "adapter" not in (x, y) and chosen.adapter in (None, "", NONE):
+            raise ValueError("no adapter is in use: choose one for the axis to weigh")
+        return self._resolved(chosen, cells, picture)
+
+    def _resolved(self, chosen: Chosen, cells: list[sheets.Settings], picture: str | None) -> list[Asked]:
+        """The requests, with their models, adapters, and what they set out from."""
+        image = open_picture(small(picture)) if picture else None
+
+        @cache
+        def loras(model: str | None, adapter: str | None, weight: float) -> Loras:
+            engine, choice = self.lane.models.engine(model), chosen.adapter
+            if adapter is not None:
+                choice = NONE if adapter == NONE else find(self.lane, chosen.person, adapter, engine.pipe)
+            if choice is None:
+                there = ", ".join(names(self.lane, chosen.person))
+                raise ValueError(f"no adapter {adapter!r} for {engine.pipe.model_name}: there are {there}")
+            return wear(self.lane, engine, chosen.person, choice, weight)
+
+        asked: list[Asked] = []
+        for cell in cells:
+            model, strength = cell.pop("model"), cell.pop("strength", None)
+            worn = loras(model, cell.pop("adapter", None), cell.pop("weight"))
+            if strength is not None and image is None:
+                raise ValueError("strength needs a picture to set out from: give one")
+            size = self.lane.models.engine(model).pipe.defaults | cell
+            start = start_from(image, size["width"], size["height"], strength) if image else None
+            asked.append((model, Request(**cell, loras=worn, start=start)))
+        return asked
+
+    def fill(self, axis: str, person: str, model: str | None) -> str:
+        """What an axis begins with when it is chosen."""
+        own = self.lane.models.engine(model).pipe.defaults
+        offered = {
+            "size": sizes(own["width"], own["height"]),
+            "model": self.lane.models.names[: MODELS_BESIDE + 1],
+            "adapter": names(self.lane, person),
+        }
+        return FIRST.get(axis) or ", ".join(offered.get(axis, []))
+
+    def seed(self, drawing: Drawing) -> int:
+        """The field's, which a seed of an axis leaves alone."""
+        given = drawing.given[self.at.seed]
+        return drawing.requests[0].seed if given is None else int(given)
+
+    def recalled(self, drawing: Drawing) -> Update:
+        """The form again, with its picture as long as that is there."""
+        again = super().recalled(drawing)
+        file = again[self.at.picture]
+        return again | {self.at.picture: file if file and Path(file).is_file() else None}
+
+    def blank(self, drawing: Drawing, previews: list[Any] | None = None) -> str:
+        """The pictures of the sheet where they will stand."""
+        return cards.drawing(previews or [], drawing.count, len(self._axes_of(drawing.given)[0].values))
+
+    def finished(self, drawing: Drawing, drawn: list[Pictures]) -> Update:
+        """The sheet."""
+        across, down = self._axes_of(drawing.given)
+        told = f"{drawing.count} pictures, {across.name} across" + (f", {down.name} down" if down else "")
+        pairs = zip(drawing.models, drawing.requests, drawn, strict=True)
+        said = in_common([parameters(*its)[0] for its in pairs])
+        sheet = sheets.draw_sheet(
+            [its.images[0] for its in drawn], across, down, self._facts(drawing, across, down)
+        )
+        flagged = [word for its in drawn for word in its.flagged]
+        advice = [*dict.fromkeys(word for its in drawn for word in its.warnings), *cards.veiled(flagged)]
+        return {
+            self.at.stage: _figure(
+                encode_png(sheet, said if self.lane.metadata else None),
+                told,
+                file_name(f"grid {drawing.given[self.at.prompt]}"),
+                bool(flagged),
+            ),
+            self.at.status: cards.note(told),
+            self.at.advice: cards.notes(advice, "warn"),
+            self.at.said: " ".join([f"The sheet is drawn: {told}.", *advice]),
+        }
+
+    def _axes_of(self, given: Mapping[Any, Any]) -> tuple[sheets.Axis, sheets.Axis | None]:
+        at = self.at
+        return _axes(*(given[part] for part in (at.x, at.xs, at.y, at.ys)))
+
+    def _facts(self, drawing: Drawing, across: sheets.Axis, down: sheets.Axis | None) -> dict[str, Any]:
+        """What is written below the sheet: all that its pictures have in common."""
+        first, moving = drawing.requests[0], [axis.name for axis in (across, down) if axis]
+        facts: dict[str, Any] = {"prompt": (drawing.given[self.at.prompt] or "").strip()}
+        facts |= {"seed": first.seed, "steps": first.steps, "guidance": first.guidance}
+        if len(self.lane.models.names) > 1:
+            facts["model"] = drawing.models[0]
+        for name, scale in first.loras:
+            facts["adapter"] = name.partition("+")[0] + ("" if "weight" in moving else f":{scale:g}")
+        return {"" if name == "prompt" else name: fact for name, fact in facts.items() if name not in moving}
 
 
-def _requests(cells: list[sheets.Settings], picture: str | None, size: dict[str, Any]) -> list[Request]:
-    """A request a cell; `picture` is the file to set out from, if there is one."""
-    strengths = [cell.pop("strength", None) for cell in cells]
-    if picture is None:
-        if any(strength is not None for strength in strengths):
-            raise ValueError("strength needs a picture to set out from: give one")
-        return [Request(**cell) for cell in cells]
-    image = open_picture(small(picture))
-    return [
-        Request(**cell, start=start_from(image, size["width"], size["height"], strength))
-        for cell, strength in zip(cells, strengths, strict=True)
-    ]
+def _axes(x: str, xs: str, y: str, ys: str) -> tuple[sheets.Axis, sheets.Axis | None]:
+    return sheets.parse_axis(x, xs), None if y == NO_AXIS else sheets.parse_axis(y, ys)
 
 
 def _figure(sheet: bytes, told: str, name: str, flagged: bool) -> str:
-    source = data_url(sheet)
+    source = cards.data_url(sheet)
     return (
         f'<figure class="card wide"><div class="veiled"><img class="whole" src="{source}" alt="{escape(told)}">'
-        f"{VEIL if flagged else ''}</div><figcaption>"
+        f"{cards.VEIL if flagged else ''}</div><figcaption>"
         f'<span class="seed">{escape(told)}</span>'
         f'<a href="{source}" download="{name}.png" aria-label="Download the sheet as PNG">Download the sheet</a>'
         "</figcaption></figure>"

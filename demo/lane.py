@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition
@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusionfm.drawing import Cancelled, Pictures, Task
 from diffusionfm.serve.access import Access
+from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 from diffusionfm.serve.models import Models
 
@@ -26,8 +27,8 @@ AT_ONCE = 24
 """Drawings of pages that may be under way at a time; the engine lets them share network calls, and take turns."""
 PATIENCE, KEPT = 20.0, 600.0
 """Seconds that a drawing goes on after its page was closed, and that its pictures are kept: a reload finds both."""
-MOST_KEPT = 128
-"""Finished drawings that are kept, for pages that are open or may come back: the oldest go first."""
+MOST_KEPT = 2**26
+"""Pixels of finished drawings that are kept, for pages that are open or may come back: the oldest go first."""
 LOOK = 0.5
 """Seconds between looks at the place in the queue."""
 Update = dict[Any, Any]
@@ -60,12 +61,15 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Step:
-    """A step done: `step` of `total`, the seconds still expected, and now and then a look at the pictures."""
+    """How far a drawing is: `step` of `total`, the seconds still expected, and now and then a look at the pictures.
+
+    These are the steps of one request, or per cent of several. previews: of every picture, None before its first step.
+    """
 
     step: int
     total: int
     seconds_left: float
-    previews: list[Image.Image] | None = None
+    previews: list[Image.Image | None] | None = None
 
 
 def owner_of(request: Any) -> str:
@@ -78,43 +82,112 @@ def turn_of(request: Any) -> str:
     return Access.turn(request.state.caller, owner_of(request))
 
 
+Asked = tuple[str | None, Request]
+"""A request, and the name of the model that is to draw it; None is the first."""
+Preview = Callable[[], list[Image.Image]]
+
+
 @dataclass(eq=False)
 class Drawing:
-    """One person's drawing, from the click to the last picture. Several may look on, one after another.
+    """What one person asked for, from the click to the last picture. Several may look on, one after another.
 
-    It is kept for a while, so it holds no engine: model: the name of the one that draws; ahead: of the queue before it;
-    advice: what to know of the prompt."""
+    It is kept for a while, so it holds no engine: models: the names of those that draw its requests; ahead: of the
+    queue before it; advice: what to know of the prompts; given: what its tab was filled with, by component."""
 
-    request: Request
+    requests: Sequence[Request]
     page: str  # the open page that looks on; another after a reload
-    model: str
+    models: Sequence[str]
     advice: list[str]
-    future: Future[Pictures] = field(default_factory=Future)
+    given: Mapping[Any, Any] = field(default_factory=dict)
+    futures: list[Future[Pictures]] = field(default_factory=list)
     ahead: Callable[[], int] = lambda: 0
-    step: tuple[int, int, Callable[[], list[Image.Image]] | None] = (0, 0, None)
-    paces: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=8))  # (when, step), of late
+    steps: list[tuple[int, int, Preview | None]] = field(
+        default_factory=list
+    )  # (step, total, look) of each request
+    paces: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=8)
+    )  # (when, share), of late
     changed: Condition = field(default_factory=Condition)
     left: float | None = None  # when the page was closed
     ended: float | None = None
 
-    def report(self, step: int, total: int, preview: Callable[[], list[Image.Image]]) -> bool:
-        """The engine's on_step: notes the step; gives up a drawing whose page is closed for too long."""
+    def __post_init__(self) -> None:
+        self.steps = [(0, 1, None)] * len(self.requests)
+        self.paces.append((time.monotonic(), 0.0))
+
+    @property
+    def count(self) -> int:
+        """How many pictures are asked for."""
+        return sum(request.num_images for request in self.requests)
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, from 0 to 1."""
+        return sum(step / total for step, total, _ in self.steps) / len(self.steps)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody stopped it."""
+        return any(future.cancelled() for future in self.futures)
+
+    def cancel(self) -> bool:
+        """Stop it within a step; whether there was anything to stop."""
+        return any([future.cancel() for future in self.futures])
+
+    def report(self, which: int, step: int, total: int, preview: Preview) -> bool:
+        """The engine's on_step of a request; gives up a drawing whose page is closed for too long."""
         with self.changed:
-            self.step = step, total, preview
-            self.paces.append((time.monotonic(), step))
+            self.steps[which] = step, total, preview
+            self.paces.append((time.monotonic(), self.share))
             self.changed.notify_all()
         return self.left is not None and time.monotonic() > self.left + PATIENCE
 
-    def end(self, _: Future[Pictures]) -> None:
-        """The future's callback."""
+    def settle(self, which: int, future: Future[Pictures]) -> None:
+        """A future's callback: the drawing ends with the last of them, and with the first that gave no pictures."""
         with self.changed:
-            self.ended, self.step, self.ahead = time.monotonic(), (*self.step[:2], None), lambda: 0
+            self.steps[which] = *self.steps[which][:2], None
+            if all(one.done() for one in self.futures):
+                self.ended, self.ahead = time.monotonic(), lambda: 0
             self.changed.notify_all()
+        if future.cancelled() or future.exception() is not None:
+            self.cancel()
+
+    def pictures(self) -> list[Pictures]:
+        """Of every request, once all have ended. Raises as `outcome` does, and Cancelled where it was stopped."""
+        for future in self.futures:
+            if not future.cancelled():
+                outcome(future)  # what failed tells more than what was stopped for it
+        if self.cancelled:
+            raise Cancelled("stopped")
+        return [future.result() for future in self.futures]
 
     def seconds_left(self) -> float:
         """By the pace of the last steps: it changes with the company."""
-        (first, step), (last, now) = self.paces[0], self.paces[-1]
-        return (last - first) / max(1, now - step) * (self.step[1] - now)
+        (first, share), (last, now) = self.paces[0], self.paces[-1]
+        return (last - first) / max(now - share, 1e-6) * (1 - now)
+
+    def look(self) -> list[Image.Image | None]:
+        """Every picture as it is now."""
+        seen: list[Image.Image | None] = []
+        for request, future, (_, _, preview) in zip(self.requests, self.futures, self.steps, strict=True):
+            images: list[Any] = [*preview()] if preview else []
+            if future.done() and not future.cancelled() and future.exception() is None:
+                images = future.result().images
+            seen += images + [None] * (request.num_images - len(images))
+        return seen
+
+    def pixels(self) -> int:
+        """Of all pictures that it holds: those drawn, and those given."""
+        ended = [future for future in self.futures if future.done() and not future.cancelled()]
+        drawn = [future.result().images for future in ended if future.exception() is None]
+        return _pixels([drawn, *self.given.values()])
+
+
+def _pixels(held: Any) -> int:
+    if isinstance(held, Image.Image):
+        return held.width * held.height
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else ()
+    return sum(map(_pixels, parts))
 
 
 class Lane:
@@ -128,31 +201,41 @@ class Lane:
         self.runs = runs or Runs()
         self.person: Any = None  # the component that knows whose page it is
         self.model: Any = None  # the picker of models
-        self.opened: Callable[[Any], None] = lambda event: (
-            None
-        )  # adds what follows when a page has been opened
+        self.ticket: Any = None  # the one that knows the browser's tab
+        self.opened: list[Callable[[Any], None]] = []  # each adds what follows when a page has been opened
         self.pickers: dict[str, Any] = {}  # of adapters, by tab
         self._drawings: dict[str, Drawing] = {}
 
     def start(
-        self, owner: str, request: Request, page: str = "", model: str | None = None, turn: str = ""
+        self,
+        owner: str,
+        asked: Sequence[Asked],
+        page: str = "",
+        turn: str = "",
+        given: Mapping[Any, Any] | None = None,
     ) -> Drawing:
         """Queue the owner's next drawing, which takes the place of the last one. Raises one of REFUSED at once.
 
-        turn: whose turn it takes, as `turn_of` has it; "" for the owner's own."""
+        Its requests are drawn side by side, and share network calls. turn: whose turn they take, as `turn_of` has it;
+        "" for the owner's own. given: as of `Drawing`."""
         self._sweep()
-        engine = self.models.engine(model)
+        engines = [self.models.engine(model) for model, _ in asked]
+        requests = [request for _, request in asked]
         if old := self._drawings.get(owner):
-            old.future.cancel()
+            old.cancel()
         elif self.busy >= AT_ONCE:
             raise QueueFull(f"{self.busy} people are drawing: try again a little later", 5.0)
-        task = Task(request.prompt, request.negative_prompt, request.seed)
-        advice = engine.pipe.advice([task], [name for name, _ in request.loras])
-        drawing = Drawing(request, page, engine.pipe.model_name, advice)
-        drawing.paces.append((time.monotonic(), 0))
-        drawing.future = engine.submit(request, turn or owner, drawing.report)
-        drawing.ahead = partial(engine.ahead, drawing.future)
-        drawing.future.add_done_callback(drawing.end)
+        names = [engine.pipe.model_name for engine in engines]
+        drawing = Drawing(requests, page, names, _advice(engines, requests), given or {})
+        try:
+            for k, (engine, request) in enumerate(zip(engines, requests, strict=True)):
+                drawing.futures.append(engine.submit(request, turn or owner, partial(drawing.report, k)))
+        except BaseException:
+            drawing.cancel()
+            raise
+        drawing.ahead = partial(engines[0].ahead, drawing.futures[0])
+        for k, future in enumerate(drawing.futures):
+            future.add_done_callback(partial(drawing.settle, k))
         self._drawings[owner] = drawing
         return drawing
 
@@ -169,45 +252,34 @@ class Lane:
             drawing.page, drawing.left = page, None
         return drawing
 
-    def watch(self, drawing: Drawing) -> Iterator[Waiting | Step | Pictures]:
-        """How it goes, as it goes, and the pictures at last. Who stops looking on stops nothing.
+    def watch(self, drawing: Drawing) -> Iterator[Waiting | Step | list[Pictures]]:
+        """How it goes, as it goes, and the pictures of every request at last. Who stops looking on stops nothing.
 
-        Raises as `outcome` does, and `Cancelled` when the owner cancelled.
+        Raises as `Drawing.pictures` does.
         """
-        seen, place, looks = 0, None, -1
+        seen, place, looks = 0.0, None, -1
         while drawing.ended is None:
             with drawing.changed:
-                if drawing.ended is None and drawing.step[0] <= seen:
+                if drawing.ended is None and drawing.share <= seen:
                     drawing.changed.wait(LOOK)
-                step, total, preview = drawing.step
+                share, (step, total, _) = drawing.share, drawing.steps[0]
                 left = drawing.seconds_left()
-            if step > seen:
-                look = step * (PREVIEWS + 1) // total  # a new one is due each time that this grows
-                show = preview() if preview and looks < look and step < total else None
-                seen, looks = step, look
+            if share > seen:
+                look = int(share * (PREVIEWS + 1) + 1e-9)  # a new one is due each time that this grows
+                show = drawing.look() if looks < look and share < 1 else None
+                seen, looks = share, look
+                if len(drawing.requests) > 1:
+                    step, total = round(100 * share), 100
                 yield Step(step, total, left, show)
             elif not seen and (ahead := drawing.ahead()) != place:
                 place = ahead
                 yield Waiting(ahead)
-        try:
-            yield outcome(drawing.future)
-        except CancelledError as error:
-            raise Cancelled("stopped") from error
-
-    def draw(self, owner: str, request: Request) -> Iterator[Waiting | Step | Pictures]:
-        """`start` and `watch`; to leave the iterator early stops the drawing."""
-        drawing = self.start(owner, request)
-        try:
-            yield from self.watch(drawing)
-        finally:
-            drawing.future.cancel()
-            if self._drawings.get(owner) is drawing:
-                del self._drawings[owner]
+        yield drawing.pictures()
 
     def cancel(self, owner: str) -> bool:
         """Stop the owner's drawing, running or waiting, within a step; whether there was one."""
         drawing = self._drawings.get(owner)
-        return drawing is not None and drawing.future.cancel()
+        return drawing is not None and drawing.cancel()
 
     def leave(self, page: str) -> None:
         """A page was closed: what it looked on is drawn on for PATIENCE seconds, in case it comes back."""
@@ -221,8 +293,19 @@ class Lane:
         now = time.monotonic()
         for drawing in [*self._drawings.values()]:
             if drawing.left is not None and now > drawing.left + PATIENCE:
-                drawing.future.cancel()
-        ended = [(d.left or now, owner) for owner, d in [*self._drawings.items()] if d.ended is not None]
-        ended.sort()
-        for _, owner in ended[: max(0, len(ended) - MOST_KEPT)] + [e for e in ended if now > e[0] + KEPT]:
-            self._drawings.pop(owner, None)
+                drawing.cancel()
+        ended = [(d.left or now, owner, d) for owner, d in [*self._drawings.items()] if d.ended is not None]
+        room = MOST_KEPT
+        for when, owner, drawing in sorted(ended, key=lambda one: (one[0], one[2].ended), reverse=True):
+            room -= drawing.pixels()
+            if room < 0 or now > when + KEPT:
+                self._drawings.pop(owner, None)
+
+
+def _advice(engines: Sequence[Engine], requests: Sequence[Request]) -> list[str]:
+    """What to know of the prompts, each word of it once."""
+    told = []
+    for engine, asked in zip(engines, requests, strict=True):
+        task = Task(asked.prompt, asked.negative_prompt, asked.seed)
+        told += engine.pipe.advice([task], [name for name, _ in asked.loras])
+    return [*dict.fromkeys(told)]

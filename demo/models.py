@@ -70,7 +70,8 @@ def wire(lane: Lane, studio: gr.Blocks) -> None:
     opened = studio.load(
         lambda person, kept: reopen(lane, person, kept), [lane.person, found], everything, js=KNOWN, **QUIET
     )
-    lane.opened(opened)
+    for rejoin in lane.opened:
+        rejoin(opened)
     lane.model.choice.input(
         lambda person, name, *worn: choose(lane, person, name, *worn),
         [lane.person, lane.model.choice, *worn],

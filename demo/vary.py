@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,15 @@ from diffusionfm.images import prompt_in
 from diffusionfm.inputs import contain, open_picture
 from diffusionfm.serve.jobs import Request
 
-from .adapters import Picker, place, wear
-from .cards import drawing, empty, note, notes, veiled
+from .adapters import Picker, place
+from .cards import note, notes, veiled
 from .controls import QUIET, SHOWN, actions, easel, tuning
 from .create import roll
+from .drawtab import Chosen, DrawTab
 from .editor import canvas_of, editor, painted
-from .lane import REFUSED, Lane, Update, turn_of
+from .lane import REFUSED, Asked, Drawing, Lane, Update
 from .request import MAX_COUNT, MAX_PROMPT, MAX_SEED, encode, seeds_in_words, small
-from .shelf import LAST, TAKE, DrawTab, bytes_of, draw_all, shelf
+from .shelf import LAST, TAKE, bytes_of, shelf
 
 HINT = "Others like yours appear here.", "Upload a picture, or take the last one from Create."
 AUTO = 0.0
@@ -55,6 +55,7 @@ class Controls:
     guidance: gr.Slider
     stage: gr.HTML
     status: gr.HTML
+    advice: gr.HTML
     said: gr.HTML
 
 
@@ -62,8 +63,7 @@ def vary(lane: Lane) -> None:
     """Lay out the tab inside the open Blocks and wire it to the lane."""
     tab = Tab(lane, lay_out(lane))
     at = tab.at
-    asked = [at.picture, at.canvas, at.prompt, at.negative, at.strength, at.seed, at.fresh, at.count]
-    tab.wire([at.draw.click, at.prompt.submit], [*asked, at.steps, at.guidance])
+    tab.wire([at.draw.click, at.prompt.submit])
     at.far.input(lambda word: HOW_FAR[word], at.far, at.strength, **QUIET)
     given = [at.picture, at.canvas, at.prompt, at.said]
     model = lane.model.choice
@@ -141,64 +141,72 @@ class Tab(DrawTab):
     """What the tab's components do."""
 
     at: Controls
+    name, hint = "vary", HINT
 
-    def draw(
+    @property
+    def form(self) -> list[Any]:
+        """As `plan` takes them."""
+        at = self.at
+        told = [at.picture, at.canvas, at.prompt, at.negative, at.far, at.strength]
+        return [*told, at.seed, at.fresh, at.count, at.steps, at.guidance]
+
+    def plan(
         self,
-        person: str,
-        model: str | None,
-        adapter: str | None,
-        weight: float,
+        chosen: Chosen,
         picture: Image.Image | None,
         canvas: dict[str, Any] | None,
         prompt: str | None,
         negative: str | None,
+        far: str,
         strength: float,
         seed: int | None,
         fresh: bool,
         count: int,
         steps: int,
         guidance: float,
-        request: gr.Request,
-    ) -> Iterator[Update]:
-        """The drawing: progress, then the pictures."""
+    ) -> list[Asked]:
+        """One request, which sets out from the picture."""
         if picture is None:
             raise gr.Error(
                 "Upload a picture first, or take the last one from Create.", title="No picture yet"
             )
-        try:
-            engine = self.lane.models.engine(model)
-            size, mask = engine.pipe.defaults, painted(canvas, picture.size)
-            asked = Request(
-                (prompt or "").strip(),
-                (negative or "").strip(),
-                int(count),
-                roll() if fresh or seed is None else int(seed),
-                int(steps),
-                float(guidance),
-                loras=wear(self.lane, engine, person, adapter, weight),
-                start=start_from(picture, size["width"], size["height"], strength or None, mask),
-            )
-        except REFUSED as error:
-            raise gr.Error(str(error), duration=10) from error
-        yield self.busy("Drawing.") | {self.at.seed: asked.seed, self.at.stage: drawing([], asked.num_images)}
-        for event in draw_all(engine, turn_of(request), [asked]):
-            if isinstance(event, list):
-                yield self._finished(engine.pipe.model_name, asked, event[0])
-            else:
-                yield self.progress(event, asked.num_images)
-
-    def _finished(self, model: str, asked: Request, drawn: Pictures) -> Update:
-        assert asked.start is not None
-        files = encode(model, asked, drawn, self.lane.metadata)
-        told = " · ".join(
-            [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(drawn.seeds)]
+        size, mask = self.lane.models.engine(chosen.model).pipe.defaults, painted(canvas, picture.size)
+        asked = Request(
+            (prompt or "").strip(),
+            (negative or "").strip(),
+            int(count),
+            roll() if fresh or seed is None else int(seed),
+            int(steps),
+            float(guidance),
+            loras=self.worn(chosen),
+            start=start_from(picture, size["width"], size["height"], strength or None, mask),
         )
-        advice = [*drawn.warnings, *veiled(drawn.flagged)]
-        return self.rest() | {
+        return [(chosen.model, asked)]
+
+    def recalled(self, drawing: Drawing) -> Update:
+        """The form again, with its canvas in sight."""
+        again = super().recalled(drawing)
+        return again | {self.at.canvas: gr.ImageEditor(again[self.at.canvas], visible=True)}
+
+    def finished(self, drawing: Drawing, drawn: list[Pictures]) -> Update:
+        """The pictures, each to be varied again."""
+        asked, (result,) = drawing.requests[0], drawn
+        assert asked.start is not None
+        files = encode(drawing.models[0], asked, result, self.lane.metadata)
+        told = " · ".join(
+            [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(result.seeds)]
+        )
+        advice = [*result.warnings, *veiled(result.flagged)]
+        return {
             self.at.stage: shelf(
-                files, [asked.prompt] * len(files), drawn.seeds, take="Vary this", flagged=bool(drawn.flagged)
+                files,
+                [asked.prompt] * len(files),
+                result.seeds,
+                take="Vary this",
+                flagged=bool(result.flagged),
             ),
-            self.at.status: note(told) + notes(advice, "warn"),
+            self.at.status: note(told),
+            self.at.advice: notes(advice, "warn"),
             self.at.said: " ".join([f"{len(files)} drawn: {told}.", *advice]),
         }
 
@@ -237,10 +245,6 @@ class Tab(DrawTab):
     def take_again(self, event: gr.EventData, model: str | None) -> Update:
         """A result's "Vary this"."""
         return self.take(str(event.value), model)
-
-    def clear(self) -> Update:
-        """The bare stage, ready for the next drawing."""
-        return self.rest() | {self.at.stage: empty(*HINT)}
 
 
 def shaped(picture: Image.Image, width: int, height: int) -> Image.Image:

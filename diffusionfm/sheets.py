@@ -1,7 +1,8 @@
 """X/Y grids: two settings, a picture for every pair of their values, and the labelled sheet of them.
 
 An axis is written as people write it elsewhere: "4, 8, 20" or "0.5-0.9:0.1" for numbers (from-to:step), words with
-commas between them for others, and for the prompt "cat, dog, fox": the first is searched for, each is put in its place.
+commas between them for others, "128x128, 160x96" for sizes, and for the prompt "cat, dog, fox": the first is searched
+for, each is put in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ MOST = 49
 MOST_VALUES = 12
 CELL, GAP, MARGIN = 160, 10, 20
 
-Settings = dict[str, Any]  # the keywords of serve.jobs.Request, beside "style", "background" and "strength"
+NOTHING = "nothing"
+"""The word of the axis "leave out" for no word at all: commas have nothing between them."""
+
+Settings = dict[str, Any]
+"""The keywords of serve.jobs.Request, and some for the caller to resolve: strength, model, adapter and weight."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,32 @@ def _words(text: str) -> list[str]:
     return [check_prompt(part) for part in _parts(text)]
 
 
+def _sizes(text: str) -> list[str]:
+    sizes = [re.fullmatch(r"(\d{1,5})\s*[x×]\s*(\d{1,5})", part) for part in _parts(text)]
+    if not all(sizes):
+        raise ValueError(f"{text!r} is no list of sizes: give width x height as in 128x128, 160x96")
+    return [f"{size[1]} × {size[2]}" for size in sizes if size]
+
+
 AXES: dict[str, Callable[[str], list[Any]]] = {
     "prompt": _words,
     "style": _words,
     "background": _words,
+    "leave out": _words,
     "seed": _seeds,
     "steps": _checked("steps"),
     "guidance": _checked("guidance"),
+    "size": _sizes,
     "strength": _checked("strength"),
-    "lora": lambda text: _numbers(text, whole=False),
+    "model": _words,
+    "adapter": _words,
+    "weight": lambda text: _numbers(text, whole=False),
 }
-"""The settings that an axis may stand for, and what reads its values; "lora" is the weight of the LoRA in use."""
+"""The settings that an axis may stand for, and what reads its values; "weight" is the adapter's."""
+
+
+WORDS = ("prompt", "style", "background", "size")
+"""Axes whose values tell by themselves what they are."""
 
 
 def parse_axis(name: str, text: str) -> Axis:
@@ -97,15 +117,16 @@ def parse_axis(name: str, text: str) -> Axis:
     values = list(dict.fromkeys(AXES[name](text)))
     if not 1 <= len(values) <= MOST_VALUES:
         raise ValueError(f"the axis {name} has {len(values)} values: give from 1 to {MOST_VALUES}")
-    labels = tuple(value if isinstance(value, str) else f"{name} {value:g}" for value in values)
+    named = "" if name in WORDS else f"{name} "
+    labels = tuple(named + (value if isinstance(value, str) else f"{value:g}") for value in values)
     return Axis(name, tuple(values), labels)
 
 
 def plan_grid(base: Settings, x: Axis, y: Axis | None = None) -> list[Settings]:
     """The settings of every picture, row by row: `base` with the values of x and y in it.
 
-    "style" and "background" become words of "prompt". ValueError for two axes of one setting, over 49 pictures, or
-    words to search for that the prompt does not have.
+    "style" and "background" become words of "prompt", "leave out" the negative prompt, "size" width and height.
+    ValueError for two axes of one setting, over 49 pictures, or words to search for that the prompt does not have.
     """
     if y is not None and x.name == y.name:
         raise ValueError(f"both axes are {x.name}: choose two settings, or leave one out")
@@ -131,10 +152,10 @@ def _put(settings: Settings, axis: Axis, value: Any) -> None:
                 f"the prompt does not say {sought!r}: begin the axis with words that are to be replaced"
             )
         settings["prompt"] = settings["prompt"].replace(sought, value)
-    elif axis.name == "lora":
-        if not settings.get("loras"):
-            raise ValueError("no LoRA is in use: choose one for the axis to weigh")
-        settings["loras"] = tuple((name, float(value)) for name, _ in settings["loras"])
+    elif axis.name == "leave out":
+        settings["negative_prompt"] = "" if value == NOTHING else value
+    elif axis.name == "size":
+        settings["width"], settings["height"] = map(int, value.split(" × "))
     else:
         settings[axis.name] = value
 

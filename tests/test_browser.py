@@ -514,29 +514,19 @@ def drawing(tmp_path) -> Path:
     return tmp_path / "drawing.png"
 
 
-@pytest.mark.slow
-def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
-    from PIL import Image
+VARIED = "#vary-stage .card a[download]"
+MORE = ".more > button:visible"
 
-    from diffusionfm.images import read_parameters
 
-    open_tab(page, "Vary")
-    page.click("#vary-draw")
-    page.wait_for_selector("text=Upload a picture first")
+def upload(page, file: Path) -> None:
     with page.expect_file_chooser() as asked:
         page.click("#vary-upload")
-    asked.value.set_files(drawing)
-    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
-    field = page.locator("#vary-count input[type=number]")
-    field.fill("1")
-    field.press("Tab")
-    page.check("#vary-far input[value='subtle']")
-    page.click("#vary-draw")
-    page.wait_for_selector("#vary-stage .card img")
-    file = saved(page, "#vary-stage .card a[download]", tmp_path)
-    assert read_parameters(file)["strength"] == 0.7 and read_parameters(file)["prompt"] == "a blue fish"
+    asked.value.set_files(file)
 
-    page.check("#vary-far input[value='auto']")
+
+def paint(page) -> None:
+    """A stroke in the middle of Vary's canvas."""
+    page.wait_for_selector("#vary-canvas canvas")
     page.locator("#vary-canvas canvas").first.scroll_into_view_if_needed()
     box = page.locator("#vary-canvas canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -545,18 +535,72 @@ def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
     page.mouse.move(middle[0] + 30, middle[1], steps=6)
     page.mouse.up()
     page.wait_for_timeout(2000)  # the editor sends what was painted a moment later
-    page.click("#vary-draw")
-    page.wait_for_selector("#vary-stage .card img", state="detached")
-    page.wait_for_selector("#vary-stage .card img")
-    file = saved(page, "#vary-stage .card a[download]", tmp_path)
-    assert read_parameters(file)["strength"] == 1.0
-    with Image.open(file) as after, Image.open(drawing) as before:
+
+
+def assert_only_the_paint_is_new(file: Path, before: Path) -> None:
+    with Image.open(file) as after, Image.open(before) as given:
         for strip in ((0, 0, 128, 24), (0, 104, 128, 128), (0, 0, 20, 128)):
-            assert after.crop(strip).tobytes() == before.crop(strip).tobytes()
-        assert after.tobytes() != before.tobytes()
+            assert after.crop(strip).tobytes() == given.crop(strip).tobytes()
+        assert after.tobytes() != given.tobytes()
 
 
 @pytest.mark.slow
+def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
+    from diffusionfm.images import read_parameters
+
+    open_tab(page, "Vary")
+    page.click("#vary-draw")
+    page.wait_for_selector("text=Upload a picture first")
+    upload(page, drawing)
+    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
+    field = page.locator("#vary-count input[type=number]")
+    field.fill("1")
+    field.press("Tab")
+    page.check("#vary-far input[value='subtle']")
+    page.click("#vary-draw")
+    page.wait_for_selector(VARIED)
+    file = saved(page, VARIED, tmp_path)
+    assert read_parameters(file)["strength"] == 0.7 and read_parameters(file)["prompt"] == "a blue fish"
+
+    page.check("#vary-far input[value='auto']")
+    paint(page)
+    page.click("#vary-draw")
+    page.wait_for_selector(VARIED, state="detached")
+    page.wait_for_selector(VARIED)
+    file = saved(page, VARIED, tmp_path)
+    assert read_parameters(file)["strength"] == 1.0
+    assert_only_the_paint_is_new(file, drawing)
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+def test_a_reload_finds_what_was_varied_with_its_picture_and_paint(page, drawing, tmp_path):
+    open_tab(page, "Vary")
+    upload(page, drawing)
+    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
+    paint(page)
+    page.locator(MORE).click()
+    for name, number in (("count", 1), ("steps", 100)):
+        page.locator(f"#vary-{name} input[type=number]").fill(str(number))
+        page.locator(f"#vary-{name} input[type=number]").press("Tab")
+    page.click("#vary-draw")
+    page.wait_for_selector("#vary-stage img[alt='Preview 1']")
+    page.reload()
+    open_tab(page, "Vary")
+    page.wait_for_selector("#vary-cancel:enabled, " + VARIED)
+    assert_only_the_paint_is_new(saved(page, VARIED, tmp_path), drawing)
+    sync_api.expect(page.locator("#vary-prompt :is(textarea, input)")).to_have_value("a blue fish")
+    seed = page.input_value("#vary-seed input")
+    page.locator(MORE).click()
+    page.locator("#vary-steps input[type=number]").fill("2")
+    page.locator("#vary-steps input[type=number]").press("Tab")
+    page.wait_for_timeout(2000)  # the editor sends its paint
+    page.click("#vary-draw")  # again, from the picture and the paint that came back
+    page.wait_for_selector(VARIED, state="detached")
+    assert_only_the_paint_is_new(saved(page, VARIED, tmp_path), drawing)
+    assert page.input_value("#vary-seed input") != seed
+
+
 def test_two_settings_make_a_sheet_and_a_bad_axis_is_told(page, tmp_path):
     from PIL import Image
 
@@ -575,6 +619,26 @@ def test_two_settings_make_a_sheet_and_a_bad_axis_is_told(page, tmp_path):
     assert page.locator("#grid-announcer").inner_text().startswith("The sheet is drawn: 6 pictures")
     with Image.open(saved(page, "#grid-stage a[download]", tmp_path)) as sheet:
         assert sheet.width > 2 * 160 and sheet.height > 3 * 160
+
+
+@pytest.mark.slow
+def test_a_reload_finds_a_grid_again_and_shows_it_grow(page):
+    open_tab(page, "Grid")
+    page.fill("#grid-prompt :is(textarea, input)", "a red apple")
+    page.fill("#grid-xs :is(textarea, input)", "red, blue, yellow")
+    page.fill("#grid-ys :is(textarea, input)", "1-3")
+    page.locator("#grid-steps input[type=number]").fill("60")
+    page.locator("#grid-steps input[type=number]").press("Tab")
+    page.click("#grid-draw")
+    page.wait_for_selector("#grid-stage img[alt^='Preview']")
+    assert page.locator("#grid-stage .board.wet").count() == 9
+    page.reload()
+    open_tab(page, "Grid")
+    page.wait_for_selector("#grid-stage img[alt^='Preview'], #grid-stage img.whole")
+    page.wait_for_selector("#grid-stage img.whole")
+    sync_api.expect(page.locator("#grid-xs :is(textarea, input)")).to_have_value("red, blue, yellow")
+    sync_api.expect(page.locator("#grid-steps input[type=number]")).to_have_value("60")
+    sync_api.expect(page.locator("#grid-draw")).to_be_enabled()
 
 
 @pytest.mark.slow

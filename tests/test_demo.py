@@ -137,8 +137,13 @@ def test_flagged_pictures_are_veiled_on_every_stage():
         assert [cards.VEIL in stage for stage in stages] == [flagged] * 3
 
 
+def draw(lane, owner: str, request: Request):
+    """All that who looks on sees of a drawing; its pictures last."""
+    yield from lane.watch(lane.start(owner, [(None, request)]))
+
+
 def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(lane, tiny_pipe):
-    *events, result = lane.draw("me", Request("a red apple", seed=5, num_images=2, steps=20))
+    *events, (result,) = draw(lane, "me", Request("a red apple", seed=5, num_images=2, steps=20))
     numbers = [event.step for event in events if isinstance(event, Step)]
     assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(1, 21))
     shown = [event.previews for event in events if isinstance(event, Step) and event.previews]
@@ -148,54 +153,69 @@ def test_lane_gives_steps_previews_and_then_the_pipeline_s_own_pictures(lane, ti
 
 
 def test_cancel_stops_within_a_step_and_frees_the_lane(lane):
-    steps = lane.draw("me", Request("a red apple", steps=500))
+    steps = draw(lane, "me", Request("a red apple", steps=500))
     assert any(isinstance(event, Step) for event in steps)
     assert not lane.cancel("somebody else")
     before = lane.models.first.counts.steps
     assert lane.cancel("me")
     with pytest.raises(Cancelled):
         list(steps)
-    *_, result = lane.draw("you", Request("a red apple", steps=2))
+    *_, (result,) = draw(lane, "you", Request("a red apple", steps=2))
     assert len(result.images) == 1
     assert (
         lane.models.first.counts.steps <= before + 2 + 2
     )  # at most the step under way, and one begun since `before`
 
 
-def test_who_leaves_the_iterator_touches_nobody_else(lane):
-    done = {}
-    others = threading.Thread(
-        target=lambda: done.update(you=list(lane.draw("you", Request("yellow star", steps=4)))[-1])
-    )
-    mine = lane.draw("me", Request("a red apple", steps=300))
+def test_who_looks_away_stops_nothing(lane):
+    drawing = lane.start("me", [(None, Request("a red apple", steps=30))])
+    mine = lane.watch(drawing)
     next(mine)
-    others.start()
     mine.close()
-    others.join(60)
-    assert len(done["you"].images) == 1
-    assert lane.find("me", "") is None
+    assert ended(drawing) and [pictures.seeds for pictures in lane.find("me", "").pictures()] == [[0]]
 
 
 def test_a_reload_finds_its_drawing_and_a_closed_page_s_stops(lane, monkeypatch):
-    drawing = lane.start("me", Request("a red apple", steps=400), "page 1")
+    drawing = lane.start("me", [(None, Request("a red apple", steps=400))], "page 1")
     lane.leave("page 1")
-    assert lane.find("me", "page 2") is drawing and not drawing.future.done()
+    assert lane.find("me", "page 2") is drawing and drawing.ended is None
     assert lane.find("you", "page 3") is None
     monkeypatch.setattr("demo.lane.PATIENCE", -1.0)
     lane.leave("page 1")  # looked on no more
-    assert not drawing.future.cancelled()
+    assert not drawing.cancelled
     lane.leave("page 2")
-    assert drawing.future.cancelled()
+    assert drawing.cancelled
+
+
+def ended(drawing) -> bool:
+    """Waits for it."""
+    deadline = time.monotonic() + 60
+    while drawing.ended is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return drawing.ended is not None
 
 
 def test_finished_pictures_are_kept_for_their_page_and_not_for_ever(lane, monkeypatch):
-    drawing = lane.start("me", Request("a red apple", steps=1), "page")
-    drawing.future.result(60)
-    while drawing.ended is None:
-        time.sleep(0.01)
-    assert len(lane.find("me", "page").future.result().images) == 1
+    assert ended(lane.start("me", [(None, Request("a red apple", steps=1))], "page"))
+    assert len(lane.find("me", "page").pictures()[0].images) == 1
     monkeypatch.setattr("demo.lane.KEPT", -1.0)
     assert lane.find("me", "page") is None
+
+
+def test_the_oldest_of_too_many_finished_pictures_go_and_given_ones_count(lane, monkeypatch):
+    given = {"picture": Image.new("RGBA", (32, 32)), "canvas": {"layers": [Image.new("RGBA", (32, 32))]}}
+    for owner in ("first", "second", "third"):
+        drawing = lane.start(owner, [(None, Request("a red apple", steps=1))], owner, given=given)
+        assert ended(drawing) and drawing.pixels() == 3 * 32 * 32
+    monkeypatch.setattr("demo.lane.MOST_KEPT", 6 * 32 * 32)
+    lane.leave("third")  # nobody looks at it
+    assert [lane.find(owner, owner) is not None for owner in ("second", "first", "third")] == [
+        True,
+        True,
+        False,
+    ]
+    monkeypatch.setattr("demo.lane.MOST_KEPT", 5 * 32 * 32)
+    assert [lane.find(owner, owner) is not None for owner in ("first", "second")] == [False, True]
 
 
 def test_who_waits_is_told_how_many_are_before(tiny_pipe, monkeypatch):
@@ -208,30 +228,30 @@ def test_who_waits_is_told_how_many_are_before(tiny_pipe, monkeypatch):
 
         monkeypatch.setattr(engine, "_step", held)  # so that nobody's drawing ends before the look
         lane = Lane(Models(engine))
-        long = lane.start("first", Request("a red apple", steps=5))
+        (long,) = lane.start("first", [(None, Request("a red apple", steps=5))]).futures
         while engine.counts.steps < 2:
             time.sleep(0.01)
-        other = lane.start("second", Request("a red apple", steps=5))
-        mine = lane.watch(lane.start("me", Request("a red apple", steps=1)))
+        (other,) = lane.start("second", [(None, Request("a red apple", steps=5))]).futures
+        mine = draw(lane, "me", Request("a red apple", steps=1))
         assert next(mine) == Waiting(2)
-        assert engine.ahead(long.future) == 0 and engine.ahead(other.future) == 1
+        assert engine.ahead(long) == 0 and engine.ahead(other) == 1
         looked.set()
-        *_, result = mine
+        *_, (result,) = mine
         assert len(result.images) == 1
 
 
 def test_more_than_the_studio_takes_is_refused_at_once(lane, monkeypatch):
     monkeypatch.setattr("demo.lane.AT_ONCE", 1)
-    lane.start("first", Request("a red apple", steps=300))
+    lane.start("first", [(None, Request("a red apple", steps=300))])
     with pytest.raises(QueueFull, match="1 people|try again"):
-        lane.start("second", Request("a red apple"))
+        lane.start("second", [(None, Request("a red apple"))])
     assert lane.cancel("first")
-    lane.start("second", Request("a red apple", steps=1))
+    lane.start("second", [(None, Request("a red apple", steps=1))])
 
 
 def test_bad_settings_raise_before_any_step(lane):
     with pytest.raises(ValueError, match="steps"):
-        lane.start("me", Request("a red apple", steps=0))
+        lane.start("me", [(None, Request("a red apple", steps=0))])
     assert lane.busy == 0 and lane.models.first.counts.steps == 0
 
 

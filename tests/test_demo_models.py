@@ -22,6 +22,7 @@ from serving import near, write_lora
 
 from demo import batch, controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
+from demo.drawtab import Chosen
 from demo.editor import CANVAS
 from demo.lane import Failed, Lane, outcome
 from demo.models import model_picker
@@ -93,6 +94,12 @@ def last(drawing):
     return update
 
 
+def drawn(tab, model: str, choice: str, weight: float, *form, ticket: str = TICKET):
+    """The last thing that the page is told of a drawing."""
+    tab.begin(ticket, ME, model, choice, weight, PAGE, *form)
+    return last(tab.watch(ticket, PAGE))
+
+
 def value(update: dict, part: object) -> object:
     found = update[part]
     return found.constructor_args["value"] if hasattr(found, "constructor_args") else found
@@ -108,38 +115,107 @@ def test_a_picture_is_varied_with_an_adapter(studio, rings, tiny_model, painted)
     ImageDraw.Draw(layer).rectangle((128, 128, 255, 255), fill="red")
     canvas = {"layers": [layer] if painted else []}
     mask = layer.getchannel("A").resize((32, 32), Image.Resampling.BOX) if painted else None
-    asked = (PICTURE, canvas, "a red apple", "", 0.0, 5, False, 1, 4, 3.0, PAGE)
-    drawn = {}
+    asked = (PICTURE, canvas, "a red apple", "", "auto", 0.0, 5, False, 1, 4, 3.0)
+    seen = {}
     for choice, weight in (("none", 1.0), (rings.key, 0.5)):
-        ((found, told),) = shown(last(tabs.vary.draw(ME, "tiny", choice, weight, *asked))[tabs.vary.at.stage])
+        ((found, told),) = shown(drawn(tabs.vary, "tiny", choice, weight, *asked)[tabs.vary.at.stage])
         pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
         if choice != "none":
             pipe.load_lora(rings.out, weight)
         same = pipe("a red apple", seed=5, num_inference_steps=4, image=PICTURE, mask_image=mask).images[0]
         assert near(found, same) and told.get("lora") == (None if choice == "none" else ["rings:0.5"])
         assert not painted or found.crop((0, 0, 32, 6)).tobytes() == PICTURE.crop((0, 0, 32, 6)).tobytes()
-        drawn[choice] = found
-    assert not near(*drawn.values())
+        seen[choice] = found
+    assert not near(*seen.values())
+
+
+GRIDDED = (3, 2, 3.0, "", None)
+"""Seed, steps, guidance, nothing to leave out and no picture, as the Grid tab has them."""
+
+
+def requests(tab, form: tuple, model: str = "tiny", choice: str = "none") -> list[tuple]:
+    """What the Grid tab asks for: (model, what is worn, request)."""
+    asked = tab.plan(Chosen(ME, model, choice, 0.5), *form)
+    return [(m, [(n.partition("+")[0], w) for n, w in r.loras], r) for m, r in asked]
 
 
 def test_a_grid_weighs_an_adapter(studio, rings):
     lane, tabs = studio
-    asked = ("a red apple", "lora", "0, 1", "none", "", 3, 2, 3.0, "", None, PAGE)
-    stage = last(tabs.grid.draw(ME, "tiny", rings.key, 1.0, *asked))[tabs.grid.at.stage]
+    asked = ("a red apple", "weight", "0, 1", "none", "", *GRIDDED)
+    stage = drawn(tabs.grid, "tiny", rings.key, 1.0, *asked)[tabs.grid.at.stage]
     ((sheet, told),) = shown(stage)
-    assert "2 pictures, lora across" in stage and sheet.width > 320
+    assert "2 pictures, weight across" in stage and sheet.width > 320
     assert (told["prompt"], told["seed"], told["model"]) == ("a red apple", 3, "tiny") and "lora" not in told
-    with pytest.raises(gr.Error, match="no LoRA is in use"):
-        list(tabs.grid.draw(ME, "tiny", "none", 1.0, *asked))
+    with pytest.raises(gr.Error, match="no adapter is in use"):
+        drawn(tabs.grid, "tiny", "none", 1.0, *asked)
+    weighed = requests(tabs.grid, asked, choice=rings.key)
+    assert [worn for _, worn, _ in weighed] == [[("rings", 0.0)], [("rings", 1.0)]]
+
+
+def test_a_grid_of_models_adapters_and_sizes(studio, rings):
+    lane, tabs = studio
+    tab = tabs.grid
+    assert [tab.fill(axis, ME, "tiny") for axis in ("size", "model", "adapter", "steps")] == [
+        "32 × 32", "tiny, wide", "none, rings", "4, 8, 20",
+    ]  # fmt: skip
+    assert tab.fill("size", ME, "wide") == "64 × 64, 80 × 48, 48 × 80"
+    form = ("a red apple", "model", "tiny, wide", "size", "32x32, 48 × 32", *GRIDDED)
+    asked = requests(tab, form)
+    assert [(model, r.width, r.height) for model, _, r in asked] == [
+        ("tiny", 32, 32), ("wide", 32, 32), ("tiny", 48, 32), ("wide", 48, 32),
+    ]  # fmt: skip
+    update = drawn(tab, "tiny", "none", 1.0, *form)
+    ((sheet, told),) = shown(update[tab.at.stage])
+    assert "model" not in told and "width" not in told and told["height"] == 32 and sheet.height > 400
+    worn = requests(tab, ("a red apple", "adapter", "none, rings", "weight", "0.2, 1", *GRIDDED))
+    assert [loras for _, loras, _ in worn] == [[], [("rings", 0.2)], [], [("rings", 1.0)]]
+    for x, xs, model, words in (
+        ("model", "tiny, ../wide", "tiny", "no such model: choose tiny, wide"),
+        ("model", "a, b, c, d", "tiny", "3 models at most"),
+        ("adapter", "none, squares", "tiny", "no adapter 'squares' for tiny: there are none, rings"),
+        ("adapter", "rings", "wide", "no adapter 'rings' for wide"),
+        ("size", "wide", "tiny", "no list of sizes"),
+        ("strength", "0.5", "tiny", "strength needs a picture"),
+    ):
+        with pytest.raises(gr.Error, match=words):
+            drawn(tab, model, "none", 1.0, "a red apple", x, xs, "none", "", *GRIDDED)
+    left_out = requests(tab, ("a red apple", "leave out", "nothing, a leaf", "none", "", *GRIDDED))
+    assert [r.negative_prompt for *_, r in left_out] == ["", "a leaf"]
+
+
+def test_a_reload_fills_every_tab_that_draws_as_it_was(studio, rings):
+    lane, tabs = studio
+    noise = Image.new("RGBA", (CANVAS, CANVAS), "blue")
+    canvas = {"background": noise, "layers": [noise], "composite": noise}
+    forms = {
+        tabs.create: ("a cat", "sticker", "teal", "a dog", 7, True, 2, 2.5, "48 × 32", 2),
+        tabs.vary: (PICTURE, canvas, "a cat", "a dog", "strong", 0.8, 5, True, 1, 2, 3.0),
+        tabs.grid: ("a cat", "seed", "4-5", "none", "", 3, 2, 3.5, "a dog", "/nowhere.png"),
+    }
+    for k, (tab, form) in enumerate(forms.items()):
+        if tab is tabs.grid:
+            form = (*form[:-1], None)
+        ticket = f"{k:032x}"
+        tab.begin(ticket, ME, "tiny", rings.key, 1.0, PAGE, *form)
+        again = tab.rejoin(ticket, SimpleNamespace(session_hash="another", state=PAGE.state))
+        for part, told in zip(tab.form, form, strict=True):
+            if part is tab.at.seed and tab is not tabs.grid:  # it was rolled, and is told
+                assert again[part] == lane.find(f"{ticket} {tab.name}", "another").requests[0].seed != told
+            else:
+                assert value(again, part) == told
+        seen = last(tab.watch(ticket, PAGE))
+        assert shown(seen[tab.at.stage])[0][1]["prompt"].endswith(
+            "a cat on a teal background" if k == 0 else "a cat"
+        )
+        stranger = tab.rejoin("f" * 32, PAGE)
+        assert tab.at.prompt not in stranger and tab.at.stage not in stranger
 
 
 def test_a_grid_tells_what_the_prompt_loses_once(studio):
     _, tabs = studio
     prompt = "a red apple " * 20 + "and a walrus"
-    update = last(
-        tabs.grid.draw(ME, "tiny", "none", 1.0, prompt, "seed", "0-1", "none", "", 3, 2, 3.0, "", None, PAGE)
-    )
-    assert update[tabs.grid.at.status].count("walrus") == update[tabs.grid.at.said].count("walrus") == 1
+    update = drawn(tabs.grid, "tiny", "none", 1.0, prompt, "seed", "0-1", "none", "", *GRIDDED)
+    assert update[tabs.grid.at.advice].count("walrus") == update[tabs.grid.at.said].count("walrus") == 1
 
 
 def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):
@@ -149,11 +225,11 @@ def test_an_adapter_of_another_model_is_refused_with_the_fix(studio, rings):
     with pytest.raises(ValueError, match="'rings' is for the model 'tiny': choose that model"):
         chosen(lane, ME, rings.key, 1.0, wide)
     for tab, asked in (
-        (tabs.vary, (PICTURE, None, "x", "", 0.5, 5, False, 1, 2, 3.0, PAGE)),
-        (tabs.grid, ("a red apple", "seed", "0", "none", "", 3, 2, 3.0, "", None, PAGE)),
+        (tabs.vary, (PICTURE, None, "x", "", "auto", 0.5, 5, False, 1, 2, 3.0)),
+        (tabs.grid, ("a red apple", "seed", "0", "none", "", *GRIDDED)),
     ):
         with pytest.raises(gr.Error, match="is for the model 'tiny'"):
-            list(tab.draw(ME, "wide", rings.key, 1.0, *asked))
+            drawn(tab, "wide", rings.key, 1.0, *asked)
     assert lane.models.waiting == 0
 
 
@@ -166,10 +242,10 @@ def test_what_is_not_painted_stays_whichever_model_is_chosen(studio):
         picture = tabs.vary.give(encode_png(given), chosen_then)[tabs.vary.at.picture]
         layer = Image.new("RGBA", (CANVAS, CANVAS))
         ImageDraw.Draw(layer).rectangle((0, 0, 127, 127), fill="red")
-        asked = (picture, {"layers": [layer]}, "x", "", 0.0, 5, False, 1, 2, 3.0, PAGE)
-        ((drawn, _),) = shown(last(tabs.vary.draw(ME, "wide", "none", 1.0, *asked))[tabs.vary.at.stage])
-        assert drawn.crop((0, 20, 64, 64)).tobytes() == given.crop((0, 20, 64, 64)).tobytes()
-        assert drawn.tobytes() != given.tobytes()
+        asked = (picture, {"layers": [layer]}, "x", "", "auto", 0.0, 5, False, 1, 2, 3.0)
+        ((found, _),) = shown(drawn(tabs.vary, "wide", "none", 1.0, *asked)[tabs.vary.at.stage])
+        assert found.crop((0, 20, 64, 64)).tobytes() == given.crop((0, 20, 64, 64)).tobytes()
+        assert found.tobytes() != given.tobytes()
 
 
 def test_a_given_picture_has_the_model_s_shape_and_no_more_pixels_than_a_page_keeps():
@@ -180,15 +256,14 @@ def test_a_given_picture_has_the_model_s_shape_and_no_more_pixels_than_a_page_ke
 
 def drawings(tabs) -> list:
     """(tab, its drawing) of each that draws, with the first model."""
-    asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "", 7, False, 2, 3.0, "", 1)
-    tabs.create.begin(*asked, ME, "tiny", "none", 1.0, TICKET, PAGE)
-    varied = (PICTURE, None, "a red apple", "", 0.5, 5, False, 1, 2, 3.0, PAGE)
-    gridded = ("a red apple", "seed", "0", "none", "", 3, 2, 3.0, "", None, PAGE)
-    return [
-        (tabs.create, tabs.create.draw(TICKET, PAGE)),
-        (tabs.vary, tabs.vary.draw(ME, "tiny", "none", 1.0, *varied)),
-        (tabs.grid, tabs.grid.draw(ME, "tiny", "none", 1.0, *gridded)),
-    ]
+    forms = {
+        tabs.create: ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "", 7, False, 2, 3.0, "", 1),
+        tabs.vary: (PICTURE, None, "a red apple", "", "auto", 0.5, 5, False, 1, 2, 3.0),
+        tabs.grid: ("a red apple", "seed", "0", "none", "", *GRIDDED),
+    }
+    for tab, form in forms.items():
+        tab.begin(TICKET, ME, "tiny", "none", 1.0, PAGE, *form)
+    return [(tab, tab.watch(TICKET, PAGE)) for tab in forms]
 
 
 def test_a_drawing_that_breaks_off_is_told_without_internals(studio, monkeypatch):
@@ -255,21 +330,19 @@ def test_what_is_drawn_is_the_chosen_model_s(studio):
     lane, tabs = studio
     asked = ("a red apple", "", 7, 2, 3.0, 1, "")
     for model, size in (("tiny", 32), ("wide", 64)):
-        drawing = lane.start(TICKET, asked_for(*asked), "page", model)
-        update = last(tabs.create.draw(TICKET, PAGE))
+        drawing = lane.start(f"{TICKET} create", [(model, asked_for(*asked))], "page")
+        update = last(tabs.create.watch(TICKET, PAGE))
         ((found, told),) = shown(update[tabs.create.at.stage])
         pipe = lane.models.engine(model).pipe
         expected = pipe("a red apple", seed=7, num_inference_steps=2, guidance_scale=3.0).images[0]
         assert near(found, expected) and found.size == (size, size)
-        assert told["model"] == drawing.model == model
-    varied = last(
-        tabs.vary.draw(ME, "wide", "none", 1.0, PICTURE, None, "x", "", 0.5, 5, False, 1, 2, 3.0, PAGE)
-    )
+        assert told["model"] == drawing.models[0] == model
+    varied = drawn(tabs.vary, "wide", "none", 1.0, PICTURE, None, "x", "", "auto", 0.5, 5, False, 1, 2, 3.0)
     assert shown(varied[tabs.vary.at.stage])[0][0].size == (64, 64)  # fitted to the model, whichever it is
     with pytest.raises(gr.Error, match="no such model"):
         tabs.create.begin(
-            "x", controls.AS_WRITTEN, controls.NOTHING, "", 1, False, 2, 3.0, "", 1, ME, "../wide", "none", 1.0, TICKET,
-            PAGE,
+            TICKET, ME, "../wide", "none", 1.0, PAGE,
+            "x", controls.AS_WRITTEN, controls.NOTHING, "", 1, False, 2, 3.0, "", 1,
         )  # fmt: skip
 
 
@@ -345,15 +418,15 @@ def test_what_was_drawn_is_drawn_again_from_what_it_tells(studio, rings, recall,
     create_, ticket = lane.pickers["create"], "1" * 32
     for model, choice, size in (("tiny", rings.key, "32 × 32"), ("wide", "none", "80 × 48")):
         asked = ("a red apple", controls.AS_WRITTEN, controls.NOTHING, "a fish", 7, False, 3, 2.5, size, 1)
-        list(tabs.create.begin(*asked, ME, model, choice, 0.5, ticket, PAGE))
-        ((first, told),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        update = drawn(tabs.create, model, choice, 0.5, *asked, ticket=ticket)
+        ((first, told),) = shown(update[tabs.create.at.stage])
         new = recall(told_by(told), model="wide" if model == "tiny" else "tiny")
         assert new["advice"] == "" and new[lane.model.choice] == model
         again = (new["prompt"], new["style"], new["background"], new["negative"], new["seed"], new["fresh"])
         again += (new["steps"], new["guidance"], value(new, tabs.create.at.size), 1)
         worn = value(new, create_.choice), new[create_.weight]
-        list(tabs.create.begin(*again, ME, new[lane.model.choice], *worn, ticket, PAGE))
-        ((second, _),) = shown(last(tabs.create.draw(ticket, PAGE))[tabs.create.at.stage])
+        update = drawn(tabs.create, new[lane.model.choice], *worn, *again, ticket=ticket)
+        ((second, _),) = shown(update[tabs.create.at.stage])
         assert first.tobytes() == second.tobytes() and f"{first.width} × {first.height}" == size
 
 

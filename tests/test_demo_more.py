@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +13,16 @@ pytest.importorskip("gradio")
 import gradio as gr
 from PIL import Image
 
-from demo import cards, grid, restore, runcards, shelf
+from demo import cards, drawtab, grid, restore, runcards, shelf
 from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
-from demo.lane import Lane, Waiting
+from demo.lane import Failed, Lane, Step, Waiting
 from demo.vary import HOW_FAR
+from diffusionfm.drawing import Cancelled
 from diffusionfm.images import encode_png
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, Request
 from diffusionfm.serve.models import Models
-from tests.serving import Gate
+from tests.serving import Gate, until
 
 
 @pytest.fixture
@@ -38,13 +38,36 @@ def png(size=(8, 8), **parameters) -> bytes:
 # ------------------------------------------------------------------ drawing together
 
 
-def test_requests_are_drawn_side_by_side_and_in_their_order(lane, tiny_pipe):
+def start(lane, *requests: Request):
+    return lane.start("me", [(None, request) for request in requests])
+
+
+def test_requests_are_drawn_side_by_side_and_in_their_order(lane):
     requests = [Request("a red apple", seed=seed, steps=steps) for seed, steps in ((1, 6), (2, 3), (3, 9))]
-    *shares, drawn = shelf.draw_all(lane.models.first, "me", requests)
+    *events, drawn = lane.watch(start(lane, *requests))
     assert [pictures.seeds for pictures in drawn] == [[1], [2], [3]]
     assert lane.models.first.counts.calls < 18  # they shared calls
-    told = [now.share for now in shares if isinstance(now, shelf.Progress)]
-    assert told == sorted(told) and told[0] <= 1
+    told = [event for event in events if isinstance(event, Step)]
+    assert [event.step for event in told] == sorted(event.step for event in told)
+    assert {event.total for event in told} == {100} and told[0].step <= 100
+    looks = [event.previews for event in told if event.previews]
+    assert looks and all(len(pictures) == 3 for pictures in looks)
+
+
+def test_a_look_has_finished_pictures_previews_and_frames_for_those_not_begun(tiny_pipe):
+    with Engine(tiny_pipe, Limits(batch=1)) as engine:
+        gate, lane = Gate(), Lane(Models(engine))
+        engine.submit(Request("yellow star", steps=2), "other", gate)
+        assert gate.reached.wait(60)
+        drawing = start(lane, *(Request("a red apple", seed=k, steps=2) for k in range(3)))
+        assert drawing.look() == [None] * 3
+        gate.opened.set()
+        drawing.futures[0].result(60)
+        assert drawing.look()[0].tobytes() == drawing.futures[0].result().images[0].tobytes()
+        *_, drawn = lane.watch(drawing)
+        assert [picture.tobytes() for picture in drawing.look()] == [
+            pictures.images[0].tobytes() for pictures in drawn
+        ]
 
 
 def test_who_waits_is_told_the_place_and_of_a_run_under_way(tiny_pipe, monkeypatch):
@@ -53,42 +76,56 @@ def test_who_waits_is_told_the_place_and_of_a_run_under_way(tiny_pipe, monkeypat
         engine.submit(Request("yellow star", steps=2), "other", gate)
         assert gate.reached.wait(60)
         engine.submit(Request("yellow star", steps=1), "another")
-        drawing = shelf.draw_all(
-            engine, "me", [Request("a red apple", steps=2), Request("a red apple", steps=2)]
-        )
-        place = next(drawing)
-        assert place == next(drawing) == Waiting(2)  # nothing has happened, and yet it can be left
-        gate.opened.set()
-        *events, drawn = drawing
-        assert len(drawn) == 2 and isinstance(events[-1], shelf.Progress)
+        drawing = start(lane, Request("a red apple", steps=2), Request("a red apple", steps=2))
+        seen = lane.watch(drawing)
+        place = next(seen)
+        assert place == Waiting(2)
         monkeypatch.setattr(lane.runs, "company", lambda: "a training is under way.")
-        tab = shelf.DrawTab(lane, SimpleNamespace(status="status", said="said", draw="draw", cancel="cancel"))
-        status = tab.progress(place, 2)["status"]
-        assert "2 drawings of others before yours" in status and "A training is under way.<" in status
-        assert tab.busy("Drawing.")["said"] == "Drawing. a training is under way."
-
-
-def test_leaving_early_stops_all(lane):
-    drawing = shelf.draw_all(
-        lane.models.first, "me", [Request("a red apple", steps=500, seed=k) for k in range(4)]
-    )
-    next(drawing)
-    drawing.close()
-    deadline = time.monotonic() + 60
-    while lane.models.first.waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert lane.models.first.counts.cancelled == 4
-
-
-def test_what_the_engine_refuses_is_told_and_nothing_is_left(lane):
-    with pytest.raises(gr.Error, match="steps must be from 1 to 500"):
-        list(
-            shelf.draw_all(
-                lane.models.first, "me", [Request("a red apple", steps=5), Request("a red apple", steps=0)]
-            )
+        parts = ("stage", "status", "advice", "said", "draw", "cancel")
+        tab = drawtab.DrawTab(lane, SimpleNamespace(**{part: part for part in parts}))
+        assert "2 drawings of others before yours" in tab._progress(drawing, place)["status"]
+        begun = tab._begun(drawing)
+        assert "A training is under way.<" in begun["advice"] and begun["said"].endswith(
+            "a training is under way."
         )
-    assert lane.models.first.waiting == 0
+        gate.opened.set()
+        *events, drawn = seen
+        assert len(drawn) == 2 and isinstance(events[-1], Step)
+        assert "2 pictures · " in tab._progress(drawing, events[-1])["status"]
+
+
+def test_a_stopped_drawing_stops_all_of_it(lane):
+    drawing = start(lane, *(Request("a red apple", steps=500, seed=k) for k in range(4)))
+    next(lane.watch(drawing))
+    assert lane.cancel("me") and drawing.cancelled
+    until(lambda: not lane.models.first.waiting)
+    assert lane.models.first.counts.cancelled == 4
+    with pytest.raises(Cancelled):
+        list(lane.watch(drawing))
+
+
+def test_one_that_fails_stops_the_others_and_is_told(lane, monkeypatch):
+    step = lane.models.first._advance
+
+    def broken(batch):
+        if any(picture.task.seed == 2 for picture in batch):
+            raise RuntimeError("broken")
+        step(batch)
+
+    monkeypatch.setattr(lane.models.first, "_advance", broken)
+    drawing = start(lane, *(Request("a red apple", steps=500, seed=k) for k in range(4)))
+    with pytest.raises(Failed):
+        list(lane.watch(drawing))
+    until(lambda: not lane.models.first.waiting)
+    counts = lane.models.first.counts
+    assert (counts.failed, counts.cancelled, counts.pictures) == (1, 3, 0)
+
+
+def test_what_the_engine_refuses_leaves_nothing(lane):
+    with pytest.raises(ValueError, match="steps must be from 1 to 500"):
+        start(lane, Request("a red apple", steps=5), Request("a red apple", steps=0))
+    until(lambda: not lane.models.first.waiting)
+    assert lane.busy == 0
 
 
 # ------------------------------------------------------------------ pictures that a page sends

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 from threading import Event
 from typing import Any
 
@@ -87,7 +86,7 @@ def ends(http: httpx.Client, session: str) -> Iterator[Iterator[dict[str, Any]]]
         yield (one for one in told if one["msg"] == "process_completed")
 
 
-CONTROLS = ["a red apple", AS_WRITTEN, NOTHING, "", 7, False, 1, 3, "32 × 32", 1, "", None, "none", 1]
+CONTROLS = ["", None, "none", 1, "a red apple", AS_WRITTEN, NOTHING, "", 7, False, 1, 3, "32 × 32", 1]
 
 
 def test_many_calls_of_one_hold_up_nobody_else(running, held):
@@ -101,7 +100,7 @@ def test_many_calls_of_one_hold_up_nobody_else(running, held):
             assert all("of yours are still waiting" in one["output"]["error"] for one in refused)
             call(http, "b")
             until(lambda: engine.waiting == 65)
-            assert "Drawing." in asked(http, studio, "begin", "c", [*CONTROLS, "c" * 32])  # a page's event
+            assert "Drawing." in asked(http, studio, "begin", "c", ["c" * 32, *CONTROLS])  # a page's event
             held.opened.set()
             with ends(http, "b") as mine:
                 assert next(mine)["success"]
@@ -117,7 +116,7 @@ def test_a_login_is_one_whatever_tickets_and_sessions_it_makes_up(running, held)
         call(ann, "another")
         with ends(ann, "another") as told:
             assert "64 pictures of yours" in next(told)["output"]["error"]
-        begun = asked(ann, locked, "begin", "a new page", [*CONTROLS, "d" * 32])
+        begun = asked(ann, locked, "begin", "a new page", ["d" * 32, *CONTROLS])
         assert "64 pictures of yours" in begun
         call(bob, "session0")
         until(lambda: engine.waiting == 65)
@@ -146,23 +145,21 @@ def test_who_hangs_up_is_drawn_for_no_longer(running, held, way):
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
-def test_a_grid_that_waits_leaves_the_queue_at_cancel_and_with_its_page(running, held, how):
+def test_a_grid_that_waits_leaves_the_queue_at_cancel_and_with_its_page(running, held, how, monkeypatch):
     studio, _, engine = running
-    number = next(
-        k for k, fn in studio.fns.items() if fn.name == "draw" and "x" in signature(fn.fn).parameters
-    )
-    axes = ["a red apple", "seed", "0-1", "none", ""]
-    body = {"fn_index": number, "session_hash": "page", "trigger_id": None}
+    ticket = "e" * 32
     with visitor(studio) as http, ends(http, "other"):
         call(http, "other")
         assert held.reached.wait(60)
-        data = ["", None, "none", 1, *axes, 0, 2, 3.0, "", None]
-        answer = http.post("/gradio_api/queue/join", json=body | {"data": data})
-        with ends(http, "page"):
-            until(lambda: engine.waiting == 3)
-            if how == "cancel":
-                http.post("/gradio_api/cancel", json=body | answer.json())
-                until(lambda: engine.waiting == 1)
+        form = ["a red apple", "seed", "0-1", "none", "", 0, 2, 3.0, "", None]
+        begun = asked(http, studio, "begin", "page", [ticket, "", None, "none", 1, *form], tab="grid")
+        assert "Drawing." in begun and engine.waiting == 3
+        if how == "cancel":
+            asked(http, studio, "cancel", "page", [ticket], tab="grid")
+        else:
+            monkeypatch.setattr("demo.lane.PATIENCE", -1.0)  # nobody comes back to a page that is closed
+            with http.stream("GET", "/gradio_api/heartbeat/page") as beat:
+                next(beat.iter_lines())
         until(lambda: engine.waiting == 1)
         assert not held.calls
 

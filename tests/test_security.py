@@ -446,9 +446,15 @@ def test_p1_the_page_refuses_bad_values_before_any_work(studio, http, bad, tiny_
 # ------------------------------------------------------------------ queue, as far as it is the page's
 
 
-def asked(http: httpx.Client, studio, name: str, session: str, data: list, **more: Any) -> str:
-    """What a page is told after one of its events, by the name of the method behind that."""
-    number = next(k for k, fn in studio.fns.items() if fn.name == name)
+def asked(
+    http: httpx.Client, studio, name: str, session: str, data: list, tab: str = "create", **more: Any
+) -> str:
+    """What a page is told after one of its events, by the name of the method behind that, and of its tab."""
+    number = next(
+        k
+        for k, fn in studio.fns.items()
+        if fn.name == name and getattr(getattr(fn.fn, "__self__", None), "name", tab) == tab
+    )
     body = {"fn_index": number, "session_hash": session, "data": data, "trigger_id": None} | more
     assert http.post("/gradio_api/queue/join", json=body).status_code == 200
     text = ""
@@ -472,7 +478,7 @@ def test_q7_a_reload_finds_its_pictures_and_nobody_else_does(running, http, monk
 
     monkeypatch.setattr(engine, "_step", held)
     controls = ["a red apple", AS_WRITTEN, NOTHING, "", 7, False, 1, 3, "32 × 32", 1]
-    begun = asked(http, studio, "begin", "page1", [*controls, "", None, "none", 1, mine])
+    begun = asked(http, studio, "begin", "page1", [mine, "", None, "none", 1, *controls])
     assert reached.wait(60) and "Drawing." in begun
     strangers = (theirs, "", None, "page1", mine[:-1], mine + "a", mine.upper(), f"{mine}/..", [mine])
 
@@ -481,13 +487,13 @@ def test_q7_a_reload_finds_its_pictures_and_nobody_else_does(running, http, monk
 
     for ticket in strangers:  # the drawing is under way
         assert not leaks(asked(http, studio, "rejoin", "page3", [ticket]))
-        assert not leaks(asked(http, studio, "draw", "page3", [ticket]))
+        assert not leaks(asked(http, studio, "watch", "page3", [ticket]))
         asked(http, studio, "cancel", "page3", [ticket])
     assert "a red apple" in asked(http, studio, "rejoin", "page2", [mine])  # the page was loaded again
     opened.set()
-    assert "data:image/png" in asked(http, studio, "draw", "page2", [mine])
+    assert "data:image/png" in asked(http, studio, "watch", "page2", [mine])
     for ticket in strangers:  # it has ended
-        assert not leaks(asked(http, studio, "draw", "page3", [ticket]))
+        assert not leaks(asked(http, studio, "watch", "page3", [ticket]))
         told = asked(http, studio, "act", "page3", [ticket], event_data={"value": "zip"})
         assert not leaks(told) and "no longer here" in told
     assert "application/zip" in asked(http, studio, "act", "page2", [mine], event_data={"value": "zip"})

@@ -43,6 +43,7 @@ def test_axes_are_read_as_people_write_them(name, text, values):
         ("guidance", "99", "guidance must be"),
         ("strength", "0", "strength must be"),
         ("seed", "-1", "seed must be"),
+        ("size", "128", "width x height"),
     ],
 )
 def test_values_that_cannot_be_drawn_are_refused(name, text, words):
@@ -75,11 +76,20 @@ def test_pickers_and_search_work_together():
     assert [cell["prompt"] for cell in clear] == ["a red cat", "a red cat on a teal background"]
 
 
-def test_a_lora_is_weighed():
-    cells = plan_grid(BASE | {"loras": (("mine", 1.0),)}, parse_axis("lora", "0, 0.5, 1"))
-    assert [cell["loras"] for cell in cells] == [(("mine", weight),) for weight in (0.0, 0.5, 1.0)]
-    with pytest.raises(ValueError, match="no LoRA is in use"):
-        plan_grid(BASE, parse_axis("lora", "1"))
+def test_settings_that_the_caller_resolves_are_left_as_they_are_named():
+    cells = plan_grid(
+        BASE | {"weight": 1.0}, parse_axis("weight", "0, 0.5"), parse_axis("model", "icons, clouds")
+    )
+    assert [(cell["model"], cell["weight"]) for cell in cells] == [
+        ("icons", 0.0), ("icons", 0.5), ("clouds", 0.0), ("clouds", 0.5),
+    ]  # fmt: skip
+    sized = plan_grid(
+        BASE, parse_axis("size", "128x128, 160 × 96"), parse_axis("leave out", "nothing, a leaf")
+    )
+    assert [(cell["width"], cell["height"], cell["negative_prompt"]) for cell in sized] == [
+        (128, 128, ""), (160, 96, ""), (128, 128, "a leaf"), (160, 96, "a leaf"),
+    ]  # fmt: skip
+    assert parse_axis("adapter", "none, rings").labels == ("adapter none", "adapter rings")
 
 
 @pytest.mark.parametrize(
@@ -118,4 +128,4 @@ def test_the_sheet_has_every_picture_in_its_place():
     assert labels < 100  # something is written above
     with pytest.raises(ValueError, match="5 pictures do not fill a grid of 3 x 2"):
         draw_sheet(images[:5], x, y)
-    assert set(AXES) >= {"prompt", "style", "background", "seed", "steps", "guidance", "strength", "lora"}
+    assert set(AXES) >= {"prompt", "style", "background", "seed", "steps", "guidance", "strength", "weight"}

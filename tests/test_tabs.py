@@ -153,6 +153,7 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         (6, "public nowhere", "is gone"),
         (0, ("{" + "|".join(f"a{k}" for k in range(90)) + "}\n") * 150, "more than 10,000 rows"),
         (0, "fish\na red apple --s 500 --w 1024 --h 1024", "row a-red-apple-.*524,288,000 pixels x steps"),
+        (0, "fish --s 300\n" * 101, "more work than 10,000 pictures"),
     ):
         asked = [*good[:k], bad, *good[k + 1 :]]
         with pytest.raises(gr.Error, match=words):

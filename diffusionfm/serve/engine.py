@@ -148,14 +148,15 @@ class Engine:
 
     # -------------------------------------------------------------- admission
 
-    def check_work(self, height: int, width: int, steps: int, pictures: int = 1) -> None:
-        """ValueError for more work than one request may be."""
+    def check_work(self, height: int, width: int, steps: int, pictures: int = 1) -> int:
+        """Pixels x steps x pictures; ValueError for more than one request may be."""
         work = self._pixels(height, width) * steps * pictures
         if work > self._most_work:
             raise ValueError(
                 f"{work:,} pixels x steps x pictures are too many for one request: {self._most_work:,} at most, "
                 "so ask for fewer pictures or steps, or a smaller size"
             )
+        return work
 
     def _plan(self, request: Request, client: str, on_step: OnStep | None) -> Job:
         """The job of a request; ValueError for what cannot be drawn."""
