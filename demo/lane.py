@@ -18,6 +18,7 @@ from diffusionfm.serve.access import Access
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
 from diffusionfm.serve.models import Models
+from diffusionfm.serve.safety import blurred
 
 from .runs import Runs
 
@@ -167,12 +168,13 @@ class Drawing:
         return (last - first) / max(now - share, 1e-6) * (1 - now)
 
     def look(self) -> list[Image.Image | None]:
-        """Every picture as it is now."""
+        """Every picture as it is now; of a flagged prompt blurred: to see those is for the end, by choice."""
         seen: list[Image.Image | None] = []
         for request, future, (_, _, preview) in zip(self.requests, self.futures, self.steps, strict=True):
             images: list[Any] = [*preview()] if preview else []
             if future.done() and not future.cancelled() and future.exception() is None:
-                images = future.result().images
+                ended = future.result()
+                images = [*map(blurred, ended.images)] if ended.flagged else ended.images
             seen += images + [None] * (request.num_images - len(images))
         return seen
 

@@ -22,6 +22,7 @@ from diffusionfm.images import encode_png
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Limits, Request
 from diffusionfm.serve.models import Models
+from diffusionfm.serve.safety import Safety, blurred
 from tests.serving import Gate, until
 
 
@@ -68,6 +69,14 @@ def test_a_look_has_finished_pictures_previews_and_frames_for_those_not_begun(ti
         assert [picture.tobytes() for picture in drawing.look()] == [
             pictures.images[0].tobytes() for pictures in drawn
         ]
+
+
+def test_a_look_at_finished_pictures_of_a_flagged_prompt_is_blurred(tiny_pipe):
+    with Engine(tiny_pipe, safety=Safety()) as engine:
+        drawing = start(Lane(Models(engine)), Request("a nude", steps=1), Request("a red apple", steps=1))
+        veiled, plain = [future.result(60).images[0] for future in drawing.futures]
+        assert [look.tobytes() for look in drawing.look()] == [blurred(veiled).tobytes(), plain.tobytes()]
+        assert blurred(veiled).tobytes() != veiled.tobytes()
 
 
 def test_who_waits_is_told_the_place_and_of_a_run_under_way(tiny_pipe, monkeypatch):

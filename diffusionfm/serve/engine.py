@@ -18,7 +18,7 @@ from pathlib import Path
 from weakref import WeakMethod
 
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 
 from diffusionfm import flow
@@ -27,7 +27,7 @@ from diffusionfm.drawing import BATCH_SIZE, OnStep, Pictures, plan_tasks
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Attempt, Closed, Counts, Group, Job, Limits, Picture, QueueFull, Request
 from diffusionfm.serve.memory import Tidy
-from diffusionfm.serve.safety import Safety
+from diffusionfm.serve.safety import Safety, blurred
 from diffusionfm.serve.turns import Turns
 from diffusionfm.serve.wardrobe import Loras, Wardrobe
 
@@ -412,10 +412,6 @@ def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Ima
     @torch.inference_mode()
     def preview() -> list[Image.Image]:
         looks = pipe.decode(torch.stack([flow.denoised(x, t, v) for x, v, t in seen]))  # type: ignore[arg-type]
-        return (
-            [look.filter(ImageFilter.GaussianBlur(look.width / 8)) for look in looks]
-            if job.flagged
-            else looks
-        )
+        return [*map(blurred, looks)] if job.flagged else looks
 
     return preview

@@ -10,6 +10,8 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image, ImageFilter
+
 MODES = ("flag", "refuse", "off")
 LIST = Path(__file__).with_name("flagged.txt")
 LOOK_ALIKE = str.maketrans("013457@$!|", "oieastasil")
@@ -42,6 +44,11 @@ class Safety:
         """The words and phrases of the list that stand in the prompt as whole words, in the list's order."""
         plain = {f" {_plain(prompt)} ", f" {_plain(prompt.translate(LOOK_ALIKE))} "}
         return [word for word in self.words if any(f" {word} " in text for text in plain)]
+
+
+def blurred(picture: Image.Image) -> Image.Image:
+    """A picture of which no more than its colours can be told."""
+    return picture.filter(ImageFilter.GaussianBlur(picture.width / 8))
 
 
 def _read(file: Path) -> tuple[str, ...]:
