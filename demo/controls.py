@@ -22,7 +22,6 @@ from .request import (
     MAX_STEPS,
     NOTHING,
     STYLES,
-    size_name,
     sizes,
 )
 
@@ -214,14 +213,14 @@ def _seeds() -> dict[str, Any]:
 
 
 def _settings(lane: Lane) -> dict[str, Any]:
-    own = [lane.pipe.defaults[side] for side in ("width", "height")]
+    offered = sizes(lane.pipe)
     with gr.Accordion("More settings", open=False, elem_id="more", elem_classes="more"):
         size = gr.Dropdown(
-            sizes(*own),
-            value=size_name(*own),
+            offered,
+            value=offered[0],
             label="Size",
             elem_id="size",
-            info="The first is what the model learned. Shapes are drawn with less care.",
+            info="The first is what the model learned. Other shapes are drawn with less care.",
         )
         lane.model.size.append(size)
         return {"size": size} | tuning(lane)

@@ -215,9 +215,8 @@ class Tab(DrawTab):
 
     def fill(self, axis: str, person: str, model: str | None) -> str:
         """What an axis begins with when it is chosen."""
-        own = self.lane.models.engine(model).pipe.defaults
         offered = {
-            "size": sizes(own["width"], own["height"]),
+            "size": sizes(self.lane.models.engine(model).pipe)[:3],
             "model": self.lane.models.names[: MODELS_BESIDE + 1],
             "adapter": names(self.lane, person),
         }

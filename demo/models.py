@@ -14,7 +14,7 @@ from . import cards
 from .adapters import MAX_WEIGHT, NONE, choices, chosen, refreshed
 from .controls import QUIET, SHOWN
 from .lane import REFUSED, Lane, Update
-from .request import size_name, sizes
+from .request import sizes
 
 KEPT = ("create", "vary", "grid")
 """Tabs whose adapter and weight a reload brings back."""
@@ -97,12 +97,12 @@ def choose(lane: Lane, person: str, name: str, *worn: str) -> Update:
 def follow(lane: Lane, name: str) -> Update:
     """What all tabs show once a model is chosen, adapters apart. Raises one of REFUSED."""
     at, pipe = lane.model, lane.models.engine(name).pipe
-    own = pipe.defaults["width"], pipe.defaults["height"]
+    own = sizes(pipe)
     new: Update = {at.choice: name, at.head: _header(lane, pipe)}
     new |= dict.fromkeys(at.steps, pipe.defaults["steps"]) | dict.fromkeys(
         at.guidance, pipe.defaults["guidance"]
     )
-    return new | dict.fromkeys(at.size, gr.Dropdown(sizes(*own), value=size_name(*own)))
+    return new | dict.fromkeys(at.size, gr.Dropdown(own, value=own[0]))
 
 
 def reopen(lane: Lane, person: str, found: Any) -> Update:

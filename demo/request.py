@@ -15,6 +15,7 @@ from diffusionfm.formats import trace
 from diffusionfm.images import encode_png
 from diffusionfm.inputs import HANDED_BYTES
 from diffusionfm.phrasing import in_style, on_background
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.jobs import Request
 
 MAX_SEED = 2**53 - 1
@@ -81,10 +82,12 @@ def size_name(width: int, height: int) -> str:
     return f"{width} × {height}"
 
 
-def sizes(width: int, height: int, unit: int = 16) -> list[str]:
-    """The sizes one can pick: the model's own, and about as many pixels wide and tall."""
+def sizes(pipe: DiffusionFMPipeline, unit: int = 16) -> list[str]:
+    """The sizes one can pick: the model's own, about as many pixels wide and tall, and as much larger as it can."""
+    width, height = pipe.defaults["width"], pipe.defaults["height"]
     long, short = (round(side * share / unit) * unit for side, share in ((width, 1.25), (height, 0.75)))
-    return [size_name(*pair) for pair in dict.fromkeys([(width, height), (long, short), (short, long)])]
+    pairs = dict.fromkeys([(width, height), (long, short), (short, long)])
+    return [size_name(scale * wide, scale * high) for scale in pipe.vae.scales for wide, high in pairs]
 
 
 def in_range(told: dict[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def recall(
     new |= {at["style"]: AS_WRITTEN, at["background"]: NOTHING}
     new |= {at["fresh"]: False} if "seed" in within else {}
     if "width" in told and "height" in told:
-        own = sizes(pipe.defaults["width"], pipe.defaults["height"])
+        own = sizes(pipe)
         size = size_name(told["width"], told["height"])
         new[at["size"]] = gr.Dropdown(own, value=size if size in own else own[0])
         if size not in own:

@@ -6,6 +6,7 @@ Axes: b pictures in one network call, l tokens, d text width, c channels, y x ro
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,9 @@ from diffusionfm.vocabulary import FILE, Vocabulary
 
 BATCH_SIZE = {"cpu": 8, "mps": 8, "cuda": 32}
 ROWS = {"cpu": 8}  # of a network call; more leave a CPU's cache, and each takes a third longer
+
+AREAS = 0.7, 1.4
+"""Pixels of other shapes beside those of the sizes that a model with an upscaler draws."""
 
 OnStep = Callable[[int, int, Callable[[], list[Image.Image]]], bool | None]
 
@@ -198,22 +202,29 @@ class Painter:
     ) -> dict[str, Any]:
         """Steps, guidance, height and width, `defaults` for None; ValueError for what cannot be drawn."""
         chosen = {"steps": steps, "guidance": guidance, "height": height, "width": width}
-        settings = {key: self.defaults[key] if value is None else value for key, value in chosen.items()}
+        settings: dict[str, Any] = {
+            key: self.defaults[key] if value is None else value for key, value in chosen.items()
+        }
         check_settings(**settings)
-        size = settings["width"], settings["height"]
-        unit, sizes = self.vae.downsample, self.sizes
-        if sizes and size not in sizes:
-            known = ", ".join(f"{width}x{height}" for width, height in sizes)
+        width, height = settings["width"], settings["height"]
+        scale = self.scale(height, width)
+        area = width * height / (self.defaults["width"] * self.defaults["height"] * scale**2)
+        if self.sizes and not AREAS[0] <= area <= AREAS[1]:
+            known = ", ".join(f"{width}x{height}" for width, height in self.sizes)
             raise ValueError(
-                f"this model draws {known} pixels, not {size[0]}x{size[1]}: enlarge a picture with --size"
+                f"this model draws {known} pixels, and other shapes of about as many, not {width}x{height}: "
+                "enlarge a picture with --size"
             )
-        if settings["height"] % unit or settings["width"] % unit:
-            raise ValueError(f"height and width of this model's pictures must be multiples of {unit}")
+        unit = self.vae.downsample * scale
+        if height % unit or width % unit:
+            large = f" of {width}x{height}" if scale > 1 else ""
+            raise ValueError(f"height and width of this model's pictures{large} must be multiples of {unit}")
         return settings
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """The (width, height) that it draws, its own and those that its decoder's upscaler gives.
+        """The (width, height) that it draws, its own and those that its decoder's upscaler gives; beside each, shapes
+        with 0.7 to 1.4 times as many pixels.
 
         Empty without an upscaler: then any from 32 to 1024 pixels in multiples of 16, best near those it learned."""
         own = self.defaults["width"], self.defaults["height"]
@@ -225,9 +236,10 @@ class Painter:
         return max(fitting, default=(self.defaults["width"], self.defaults["height"]))
 
     def scale(self, height: int, width: int) -> int:
-        """How many times larger than its latents' own size a picture is decoded."""
-        sizes = self.sizes
-        return self.vae.scales[sizes.index((width, height))] if sizes else 1
+        """How many times larger than its latents' own size a picture is decoded: as brings those nearest to the pixels
+        that it learned."""
+        pixels = height * width / (self.defaults["height"] * self.defaults["width"])
+        return int(min(self.vae.scales, key=lambda scale: abs(math.log(pixels / scale**2))))
 
     def _draw(
         self,

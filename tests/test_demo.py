@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,7 +97,9 @@ def test_progress_says_step_time_and_place():
 
 
 def test_sizes_begin_with_the_model_s_own():
-    assert request.sizes(128, 128) == ["128 × 128", "160 × 96", "96 × 160"]
+    pipe = SimpleNamespace(defaults={"width": 128, "height": 128}, vae=SimpleNamespace(scales=(1, 2)))
+    own, larger = ["128 × 128", "160 × 96", "96 × 160"], ["256 × 256", "320 × 192", "192 × 320"]
+    assert request.sizes(pipe) == [*own, *larger]
     asked = request.asked_for("x", None, 0, 2, 3, 1, "160 × 96")
     assert (asked.width, asked.height, asked.negative_prompt) == (160, 96, "")
 

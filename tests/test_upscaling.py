@@ -121,7 +121,7 @@ def test_a_pipeline_draws_its_sizes_and_refuses_others(model, tiny_pipe):
     assert (small.size, twice.size, large.size) == ((32, 32), (64, 64), (128, 128))
     halved = np.asarray(large.convert("RGBa").resize((64, 64), Image.Resampling.BOX), dtype=float)
     assert abs(halved - np.asarray(twice.convert("RGBa"), dtype=float)).max() <= 3
-    with pytest.raises(ValueError, match="draws 32x32, 64x64, 128x128 pixels, not 48x32"):
+    with pytest.raises(ValueError, match="draws 32x32, 64x64, 128x128 pixels, and .* not 48x32"):
         pipe("a red apple", width=48)
     assert [pipe.size_for(side) for side in (16, 100, 128, 999)] == [
         (32, 32),
@@ -131,6 +131,17 @@ def test_a_pipeline_draws_its_sizes_and_refuses_others(model, tiny_pipe):
     ]
     painter = open_painter(model)
     assert painter("a red apple", width=128, height=128).images[0].tobytes() == large.tobytes()
+
+
+def test_other_shapes_of_about_as_many_pixels_are_drawn_at_every_scale(model):
+    pipe = DiffusionFMPipeline.from_pretrained(model)
+    unit, own = pipe.vae.downsample, 32
+    for scale in pipe.vae.scales[1:]:  # 24 pixels are too few to ask for
+        width, height = scale * (own + 2 * unit), scale * (own - unit)
+        drawn = pipe("a red apple", width=width, height=height, num_inference_steps=1).images[0]
+        assert drawn.size == (width, height) and pipe.scale(height, width) == scale
+    with pytest.raises(ValueError, match=f"pictures of 64x72 must be multiples of {2 * unit}"):
+        pipe.settings(width=64, height=72)
 
 
 def test_size_is_drawn_as_far_as_the_model_goes(model, tmp_path):
@@ -168,7 +179,7 @@ def test_a_batch_s_row_of_another_size_fails_alone(model, tmp_path):
     assert (plan.broken, plan.shapes.total()) == (1, 2) and "not 64x32" in plan.text()
     assert (make(rows, pipe, tmp_path).made, make(rows, pipe, tmp_path).skipped) == (2, 3)
     (failed,) = (record for record in check(tmp_path, 3) if record["status"] == "failed")
-    assert failed["id"] == "wide" and "draws 32x32, 64x64, 128x128 pixels, not 64x32" in failed["error"]
+    assert failed["id"] == "wide" and "other shapes of about as many, not 64x32" in failed["error"]
     with pytest.raises(ValueError, match="not 48x32"):
         make(rows, pipe, tmp_path / "none", width=48)
 
