@@ -21,6 +21,7 @@ from diffusionfm import __version__, flow
 from diffusionfm.autoencoder import shrunk
 from diffusionfm.checks import (
     DEFAULTS,
+    SIZE_MULTIPLE,
     WEIGHTS,
     check_checksums,
     check_prompt,
@@ -215,7 +216,7 @@ class Painter:
                 f"this model draws {known} pixels, and other shapes of about as many, not {width}x{height}: "
                 "enlarge a picture with --size"
             )
-        unit = self.vae.downsample * scale
+        unit = scale * max(self.vae.downsample, SIZE_MULTIPLE)
         if height % unit or width % unit:
             large = f" of {width}x{height}" if scale > 1 else ""
             raise ValueError(f"height and width of this model's pictures{large} must be multiples of {unit}")
