@@ -255,7 +255,7 @@ class Tab(DrawTab):
                 file_name(f"grid {drawing.given[self.at.prompt]}"),
                 bool(flagged),
             ),
-            self.at.status: cards.note(told),
+            self.at.status: "",  # the figure says it
             self.at.advice: cards.notes(advice, "warn"),
             self.at.said: " ".join([f"The sheet is drawn: {told}.", *advice]),
         }

@@ -108,8 +108,9 @@ def browser():
 
 
 def is_error(message) -> bool:
-    """Whether a line of the console tells of one; Gradio itself mourns the streams that a reload cuts."""
-    cut = ("signal is aborted", "Connection errored out", "network error")
+    """Whether a line of the console tells of one. Gradio itself mourns the streams that a reload cuts, and the first
+    of the two times that its editor loads paint which it is given."""
+    cut = ("signal is aborted", "Connection errored out", "network error", "No draw texture found for layer")
     return message.type == "error" and not any(words in message.text for words in cut)
 
 
