@@ -23,6 +23,7 @@ from .request import (
     file_name,
     parameters,
     seeds_in_words,
+    sizes,
     svg,
     zip_of,
 )
@@ -85,6 +86,13 @@ class Tab(DrawTab):
         words = compose(prompt or "", style, background)
         asked = asked_for(words, negative, seed, steps, guidance, count, size)
         return [(chosen.model, replace(asked, loras=self.worn(chosen)))]
+
+    def recalled(self, drawing: Drawing, model: str | None) -> Update:
+        """The form again, without a size that the model now chosen does not draw."""
+        again = super().recalled(drawing, model)
+        if again[self.at.size] not in sizes(self.lane.models.engine(model).pipe):
+            del again[self.at.size]
+        return again
 
     def finished(self, drawing: Drawing, drawn: list[Pictures]) -> Update:
         """The pictures with their buttons, and the seed for Reuse."""

@@ -14,7 +14,7 @@ from diffusionfm.drawing import Cancelled, Pictures
 from . import cards
 from .adapters import wear
 from .controls import QUIET, SHOWN, TICKET
-from .lane import AT_ONCE, REFUSED, Asked, Drawing, Lane, Step, Update, Waiting, owner_of, turn_of
+from .lane import REFUSED, Asked, Drawing, Lane, Step, Update, Waiting, owner_of, turn_of
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class DrawTab:
         """The seed to show, rolled or given."""
         return drawing.requests[0].seed
 
-    def recalled(self, drawing: Drawing) -> Update:
-        """What was asked for, back into the form."""
+    def recalled(self, drawing: Drawing, model: str | None) -> Update:
+        """What was asked for, back into the form of a page that has chosen a model."""
         return {**drawing.given, self.at.seed: self.seed(drawing)}
 
     def worn(self, chosen: Chosen) -> Any:
@@ -86,17 +86,16 @@ class DrawTab:
         self._follow(begun, [*seen, *more], scroll_to_output=True)
 
         def rejoin(opened: Any) -> None:
-            found = opened.then(
-                self.rejoin, ticket, list(dict.fromkeys([*seen, *self.form, at.seed])), js=TICKET, **QUIET
-            )
+            filled = dict.fromkeys([*seen, *self.form, at.seed])
+            found = opened.then(self.rejoin, [ticket, self.lane.model.choice], [*filled], js=TICKET, **QUIET)
             self._follow(found, [*seen, *more])
 
         self.lane.opened.append(rejoin)
         at.cancel.click(self.cancel, ticket, [at.status, at.cancel], js=TICKET, **QUIET)
 
     def _follow(self, begun: Any, seen: list[Any], **how: Any) -> None:
-        """Watch the drawing once it has begun."""
-        how |= {"concurrency_id": "lane", "concurrency_limit": AT_ONCE, "js": TICKET, **SHOWN}
+        """Watch the drawing once it has begun: the lane bounds how many there are, each has one onlooker."""
+        how |= {"concurrency_limit": None, "js": TICKET, **SHOWN}
         watched = begun.success(self.watch, self.lane.ticket, seen, **how)
         watched.failure(self.clear, None, seen, **QUIET)
 
@@ -111,10 +110,15 @@ class DrawTab:
         *form: Any,
     ) -> Update:
         """The click: a place in the queue, blank frames."""
+        owner, page, turn = self._owner(ticket, request), owner_of(request), turn_of(request)
+        last = self.lane.find(owner, page)
+        if last is not None and last.ended is None and not last.cancelled:
+            raise gr.Error(
+                "The last drawing is still under way: cancel it first.", title="Not yet", duration=6
+            )
         try:
             asked = self.plan(Chosen(person, model, adapter, weight), *form)
             given = dict(zip(self.form, form, strict=True))
-            owner, page, turn = self._owner(ticket, request), owner_of(request), turn_of(request)
             drawing = self.lane.start(owner, asked, page, turn, given)
         except REFUSED as error:
             raise gr.Error(str(error), title=self.amiss, duration=10) from error
@@ -122,7 +126,7 @@ class DrawTab:
 
     def watch(self, ticket: str, request: gr.Request) -> Iterator[Update]:
         """The drawing: its place, progress at every step, previews now and then, the pictures at last."""
-        drawing = self.find(ticket, request)
+        drawing, event = self.lane.find(self._owner(ticket, request), owner_of(request)), None
         if drawing is None:
             yield {self.at.said: gr.skip()}
             return
@@ -132,17 +136,19 @@ class DrawTab:
                     yield self._ready() | self.finished(drawing, event)
                 else:
                     yield self._progress(drawing, event)
+            if not isinstance(event, list):
+                yield self.clear() | {self.at.status: cards.note("Shown in another window of this browser.")}
         except Cancelled:
             yield self.clear() | {self.at.status: cards.note("Cancelled."), self.at.said: "Cancelled."}
         except REFUSED as error:
             raise gr.Error(str(error), duration=10) from error
 
-    def rejoin(self, ticket: str, request: gr.Request) -> Update:
+    def rejoin(self, ticket: str, model: str | None, request: gr.Request) -> Update:
         """A page that is opened: after a reload, what it was drawing and what was asked for."""
         drawing = self.find(ticket, request)
         if drawing is None:
             return {self.at.said: gr.skip()}
-        return self._begun(drawing) | self.recalled(drawing)
+        return self._begun(drawing) | self.recalled(drawing, model)
 
     def find(self, ticket: str, request: gr.Request) -> Drawing | None:
         """This person's drawing on this tab, under way or of late; None where it was stopped."""

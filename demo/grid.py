@@ -22,7 +22,7 @@ from diffusionfm.serve.wardrobe import Loras
 
 from . import cards
 from .adapters import NONE, Picker, find, names, place, wear
-from .controls import QUIET, actions, easel, tuning
+from .controls import SHOWN, actions, easel, tuning
 from .create import roll
 from .drawtab import Chosen, DrawTab
 from .lane import Asked, Drawing, Lane, Update
@@ -74,7 +74,7 @@ def grid(lane: Lane) -> None:
     at = tab.at
     tab.wire([at.draw.click])
     for name, values in ((at.x, at.xs), (at.y, at.ys)):
-        name.input(tab.fill, [name, lane.person, lane.model.choice], values, **QUIET)
+        name.input(tab.fill, [name, lane.person, lane.model.choice], values, concurrency_limit=4, **SHOWN)
 
 
 def lay_out(lane: Lane) -> Controls:
@@ -181,8 +181,11 @@ class Tab(DrawTab):
         }
         across, down = _axes(x, xs, y, ys)
         for axis in (across, down):
-            if axis and axis.name == "model" and len(axis.values) > MODELS_BESIDE + 1:
-                raise ValueError(f"{MODELS_BESIDE + 1} models at most are open at a time: name fewer")
+            others = {*axis.values} - {self.lane.pipe.model_name} if axis and axis.name == "model" else set()
+            if len(others) > MODELS_BESIDE:
+                raise ValueError(
+                    f"{MODELS_BESIDE} models at most are open beside {self.lane.pipe.model_name}: name fewer"
+                )
         cells = sheets.plan_grid(base, across, down)
         if "weight" in (x, y) and "adapter" not in (x, y) and chosen.adapter in (None, "", NONE):
             raise ValueError("no adapter is in use: choose one for the axis to weigh")
@@ -215,21 +218,23 @@ class Tab(DrawTab):
 
     def fill(self, axis: str, person: str, model: str | None) -> str:
         """What an axis begins with when it is chosen."""
-        offered = {
-            "size": sizes(self.lane.models.engine(model).pipe)[:3],
-            "model": self.lane.models.names[: MODELS_BESIDE + 1],
-            "adapter": names(self.lane, person),
-        }
-        return FIRST.get(axis) or ", ".join(offered.get(axis, []))
+        offered: list[str] = []
+        if axis == "size":
+            offered = sizes(self.lane.models.engine(model).pipe)[:3]
+        elif axis == "model":
+            offered = self.lane.models.names[: MODELS_BESIDE + 1]
+        elif axis == "adapter":
+            offered = names(self.lane, person)[: sheets.MOST_VALUES]
+        return FIRST.get(axis, ", ".join(offered))
 
     def seed(self, drawing: Drawing) -> int:
         """The field's, which a seed of an axis leaves alone."""
         given = drawing.given[self.at.seed]
         return drawing.requests[0].seed if given is None else int(given)
 
-    def recalled(self, drawing: Drawing) -> Update:
+    def recalled(self, drawing: Drawing, model: str | None) -> Update:
         """The form again, with its picture as long as that is there."""
-        again = super().recalled(drawing)
+        again = super().recalled(drawing, model)
         file = again[self.at.picture]
         return again | {self.at.picture: file if file and Path(file).is_file() else None}
 

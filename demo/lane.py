@@ -105,16 +105,17 @@ class Drawing:
     steps: list[tuple[int, int, Preview | None]] = field(
         default_factory=list
     )  # (step, total, look) of each request
-    paces: deque[tuple[float, float]] = field(
-        default_factory=lambda: deque(maxlen=8)
-    )  # (when, share), of late
+    paces: deque[tuple[float, float]] = field(init=False)  # (when, share), of late
     changed: Condition = field(default_factory=Condition)
     left: float | None = None  # when the page was closed
     ended: float | None = None
+    onlooker: object = None  # who looks on now
 
     def __post_init__(self) -> None:
         self.steps = [(0, 1, None)] * len(self.requests)
-        self.paces.append((time.monotonic(), 0.0))
+        self.paces = deque(
+            [(time.monotonic(), 0.0)], maxlen=8 * len(self.requests)
+        )  # each reports every step
 
     @property
     def count(self) -> int:
@@ -138,7 +139,8 @@ class Drawing:
     def report(self, which: int, step: int, total: int, preview: Preview) -> bool:
         """The engine's on_step of a request; gives up a drawing whose page is closed for too long."""
         with self.changed:
-            self.steps[which] = step, total, preview
+            ended = which < len(self.futures) and self.futures[which].done()
+            self.steps[which] = step, total, None if ended else preview
             self.paces.append((time.monotonic(), self.share))
             self.changed.notify_all()
         return self.left is not None and time.monotonic() > self.left + PATIENCE
@@ -182,7 +184,10 @@ class Drawing:
         """Of all pictures that it holds: those drawn, and those given."""
         ended = [future for future in self.futures if future.done() and not future.cancelled()]
         drawn = [future.result().images for future in ended if future.exception() is None]
-        return _pixels([drawn, *self.given.values()])
+        started = [
+            (start.picture, start.mask) for start in (request.start for request in self.requests) if start
+        ]
+        return _pixels([drawn, started, *self.given.values()])
 
 
 def _pixels(held: Any) -> int:
@@ -257,10 +262,13 @@ class Lane:
     def watch(self, drawing: Drawing) -> Iterator[Waiting | Step | list[Pictures]]:
         """How it goes, as it goes, and the pictures of every request at last. Who stops looking on stops nothing.
 
-        Raises as `Drawing.pictures` does.
+        It ends without pictures when another begins to look on. Raises as `Drawing.pictures` does.
         """
         seen, place, looks = 0.0, None, -1
+        me = drawing.onlooker = object()
         while drawing.ended is None:
+            if drawing.onlooker is not me:
+                return
             with drawing.changed:
                 if drawing.ended is None and drawing.share <= seen:
                     drawing.changed.wait(LOOK)

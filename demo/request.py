@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusionfm import __version__
+from diffusionfm.checks import SIZE
 from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
 from diffusionfm.images import encode_png
@@ -87,7 +88,8 @@ def sizes(pipe: DiffusionFMPipeline, unit: int = 16) -> list[str]:
     width, height = pipe.defaults["width"], pipe.defaults["height"]
     long, short = (round(side * share / unit) * unit for side, share in ((width, 1.25), (height, 0.75)))
     pairs = dict.fromkeys([(width, height), (long, short), (short, long)])
-    return [size_name(scale * wide, scale * high) for scale in pipe.vae.scales for wide, high in pairs]
+    larger = [(scale * wide, scale * high) for scale in pipe.vae.scales for wide, high in pairs]
+    return [size_name(*pair) for pair in larger if max(pair) <= SIZE[1]]
 
 
 def in_range(told: dict[str, Any]) -> dict[str, Any]:

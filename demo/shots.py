@@ -44,14 +44,14 @@ def take(
     context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(900_000)
-    uses: dict[str, Callable[[], None]] = {
-        "Vary": lambda: _vary(page),
-        "Grid": lambda: _grid(page),
-        "Restore": lambda: _restore(page),
-        "Batch": lambda: _batch(page),
+    uses: dict[str, Callable[[bool], None]] = {
+        "Vary": lambda first: _vary(page, first),
+        "Grid": lambda first: _grid(page, first),
+        "Restore": lambda _: _restore(page),
+        "Batch": lambda _: _batch(page),
     }
     if pictures is not None:
-        uses["Fine-tune"] = lambda: _finetune(page, pictures)
+        uses["Fine-tune"] = lambda _: _finetune(page, pictures)
     for theme in THEMES:
         page.goto(f"{url}?__theme={theme}")
         page.wait_for_selector("#generate")
@@ -61,7 +61,7 @@ def take(
         for title in TABS:
             page.get_by_role("tab", name=title, exact=True).click()
             if title in uses:
-                uses[title]()
+                uses[title](theme == THEMES[0])
             page.wait_for_timeout(1000)  # for its pictures; a network is never idle under Gradio's heartbeat
             file = out / f"{title.lower().replace(' ', '-')}-{theme}.webp"
             write_atomic(file, _small(page.screenshot(full_page=True)))
@@ -78,16 +78,18 @@ def _draw(page: Any, prompt: str, seed: int) -> None:
     page.press("#prompt textarea", "Enter")
 
 
-def _vary(page: Any) -> None:
-    page.click("#vary-last")
-    page.wait_for_selector("#vary-canvas canvas")
-    page.check("#vary-far input[value='strong']")
-    page.click("#vary-draw")
+def _vary(page: Any, first: bool) -> None:
+    if first:  # a reload finds it again
+        page.click("#vary-last")
+        page.wait_for_selector("#vary-canvas canvas")
+        page.check("#vary-far input[value='strong']")
+        page.click("#vary-draw")
     page.wait_for_selector("#vary-stage .card a[download]")
 
 
-def _grid(page: Any) -> None:
-    page.click("#grid-draw")
+def _grid(page: Any, first: bool) -> None:
+    if first:
+        page.click("#grid-draw")
     page.wait_for_selector("#grid-stage img.whole")
 
 

@@ -183,9 +183,9 @@ class Tab(DrawTab):
         )
         return [(chosen.model, asked)]
 
-    def recalled(self, drawing: Drawing) -> Update:
+    def recalled(self, drawing: Drawing, model: str | None) -> Update:
         """The form again, with its canvas in sight."""
-        again = super().recalled(drawing)
+        again = super().recalled(drawing, model)
         return again | {self.at.canvas: gr.ImageEditor(again[self.at.canvas], visible=True)}
 
     def finished(self, drawing: Drawing, drawn: list[Pictures]) -> Update:

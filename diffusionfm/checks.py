@@ -211,14 +211,16 @@ def check_model(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def model_hash(folder: Path) -> str:
-    """12 hex digits of the SHA-256 over the weights in a model folder, as float32: the same in any precision."""
+    """12 hex digits of the SHA-256 over the weights in a model folder, as float32: the same in any precision.
+
+    An upscaler does not count: what is adapted to a model fits it with any and with none."""
     import torch
     from safetensors import safe_open
 
     digest = hashlib.sha256()
     for name, file in WEIGHTS.items():
         with safe_open(folder / name / file, framework="pt") as tensors:
-            for key in sorted(tensors.keys()):
+            for key in sorted(key for key in tensors.keys() if not key.startswith("upscaler.")):  # noqa: SIM118
                 digest.update(f"{name}.{key}".encode())
                 value = tensors.get_tensor(key).to(torch.float32).reshape(-1)
                 digest.update(value.view(torch.uint8).numpy())

@@ -574,7 +574,6 @@ def test_a_picture_is_varied_then_painted_over(page, drawing, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_reload_finds_what_was_varied_with_its_picture_and_paint(page, drawing, tmp_path):
     open_tab(page, "Vary")
     upload(page, drawing)
@@ -602,6 +601,7 @@ def test_a_reload_finds_what_was_varied_with_its_picture_and_paint(page, drawing
     assert page.input_value("#vary-seed input") != seed
 
 
+@pytest.mark.slow
 def test_two_settings_make_a_sheet_and_a_bad_axis_is_told(page, tmp_path):
     from PIL import Image
 

@@ -18,7 +18,7 @@ import gradio as gr
 import numpy as np
 from conftest import build_tiny_pipeline
 from PIL import Image, ImageDraw
-from serving import near, write_lora
+from serving import near, until, write_lora
 
 from demo import batch, controls, create, finetune, finetune_controls, grid, models, restore, vary
 from demo.adapters import choices, chosen, pickers
@@ -171,7 +171,7 @@ def test_a_grid_of_models_adapters_and_sizes(studio, rings):
     assert [loras for _, loras, _ in worn] == [[], [("rings", 0.2)], [], [("rings", 1.0)]]
     for x, xs, model, words in (
         ("model", "tiny, ../wide", "tiny", "no such model: choose tiny, wide"),
-        ("model", "a, b, c, d", "tiny", "3 models at most"),
+        ("model", "a, b, c", "tiny", "2 models at most are open beside tiny"),
         ("adapter", "none, squares", "tiny", "no adapter 'squares' for tiny: there are none, rings"),
         ("adapter", "rings", "wide", "no adapter 'rings' for wide"),
         ("size", "wide", "tiny", "no list of sizes"),
@@ -183,21 +183,22 @@ def test_a_grid_of_models_adapters_and_sizes(studio, rings):
     assert [r.negative_prompt for *_, r in left_out] == ["", "a leaf"]
 
 
-def test_a_reload_fills_every_tab_that_draws_as_it_was(studio, rings):
+def test_a_reload_fills_every_tab_that_draws_as_it_was(studio, rings, tmp_path):
     lane, tabs = studio
+    file = tmp_path / "given.png"
+    file.write_bytes(encode_png(PICTURE))
     noise = Image.new("RGBA", (CANVAS, CANVAS), "blue")
     canvas = {"background": noise, "layers": [noise], "composite": noise}
     forms = {
-        tabs.create: ("a cat", "sticker", "teal", "a dog", 7, True, 2, 2.5, "48 × 32", 2),
+        tabs.create: ("a cat", "sticker", "teal", "a dog", 7, True, 2, 2.5, "32 × 32", 2),
         tabs.vary: (PICTURE, canvas, "a cat", "a dog", "strong", 0.8, 5, True, 1, 2, 3.0),
-        tabs.grid: ("a cat", "seed", "4-5", "none", "", 3, 2, 3.5, "a dog", "/nowhere.png"),
+        tabs.grid: ("a cat", "seed", "4-5", "none", "", 3, 2, 3.5, "a dog", str(file)),
     }
     for k, (tab, form) in enumerate(forms.items()):
-        if tab is tabs.grid:
-            form = (*form[:-1], None)
         ticket = f"{k:032x}"
         tab.begin(ticket, ME, "tiny", rings.key, 1.0, PAGE, *form)
-        again = tab.rejoin(ticket, SimpleNamespace(session_hash="another", state=PAGE.state))
+        another = SimpleNamespace(session_hash="another", state=PAGE.state)
+        again = tab.rejoin(ticket, "tiny", another)
         for part, told in zip(tab.form, form, strict=True):
             if part is tab.at.seed and tab is not tabs.grid:  # it was rolled, and is told
                 assert again[part] == lane.find(f"{ticket} {tab.name}", "another").requests[0].seed != told
@@ -207,8 +208,41 @@ def test_a_reload_fills_every_tab_that_draws_as_it_was(studio, rings):
         assert shown(seen[tab.at.stage])[0][1]["prompt"].endswith(
             "a cat on a teal background" if k == 0 else "a cat"
         )
-        stranger = tab.rejoin("f" * 32, PAGE)
+        stranger = tab.rejoin("f" * 32, "tiny", PAGE)
         assert tab.at.prompt not in stranger and tab.at.stage not in stranger
+
+    file.unlink()
+    assert tabs.grid.rejoin(f"{2:032x}", "tiny", PAGE)[tabs.grid.at.picture] is None
+    assert tabs.create.at.size not in tabs.create.rejoin(f"{0:032x}", "wide", PAGE)  # which has no such size
+
+
+def test_a_drawing_is_never_lost_from_sight(studio, monkeypatch):
+    """One at a time; stopped or failed before its page looks on, it is told; a second window says so in the first."""
+    lane, tabs = studio
+    tab, form = tabs.vary, (PICTURE, None, "x", "", "auto", 0.9, 5, False, 1, 100, 3.0)
+    tab.begin(TICKET, ME, "tiny", "none", 1.0, PAGE, *form)
+    with pytest.raises(gr.Error, match="still under way: cancel it first"):
+        tab.begin(TICKET, ME, "tiny", "none", 1.0, PAGE, *form)
+    first = tab.watch(TICKET, PAGE)
+    next(first)
+    second = tab.watch(TICKET, PAGE)
+    next(second)
+    assert "another window" in last(first)[tab.at.status]
+    tab.cancel(TICKET, PAGE)
+    assert "Cancelled" in last(second)[tab.at.status] and not lane.models.waiting
+    tab.begin(TICKET, ME, "tiny", "none", 1.0, PAGE, *form)
+    tab.cancel(TICKET, PAGE)
+    assert "Cancelled" in last(tab.watch(TICKET, PAGE))[tab.at.status]
+    assert tab.at.stage not in tab.rejoin(TICKET, "tiny", PAGE)
+
+    def broken(batch):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(lane.models.first, "_advance", broken)
+    tabs.grid.begin(TICKET, ME, "tiny", "none", 1.0, PAGE, "a red apple", "seed", "0-3", "none", "", *GRIDDED)
+    until(lambda: not lane.models.waiting)
+    with pytest.raises(gr.Error, match="could not be drawn"):
+        list(tabs.grid.watch(TICKET, PAGE))
 
 
 def test_a_grid_tells_what_the_prompt_loses_once(studio):

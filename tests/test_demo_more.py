@@ -55,6 +55,16 @@ def test_requests_are_drawn_side_by_side_and_in_their_order(lane):
     assert looks and all(len(pictures) == 3 for pictures in looks)
 
 
+def test_the_time_left_is_that_of_all_together(tiny_pipe):
+    with Engine(tiny_pipe, Limits(batch=8)) as engine:
+        drawing = start(Lane(Models(engine)), *(Request("a red apple", steps=100, seed=k) for k in range(8)))
+        until(lambda: drawing.share > 0.3)
+        (first, _), (last, _) = drawing.paces[0], drawing.paces[-1]
+        per_step = (last - first) / (len(drawing.paces) / 8)
+        assert 20 * per_step < drawing.seconds_left() < 80 * per_step
+        drawing.cancel()
+
+
 def test_a_look_has_finished_pictures_previews_and_frames_for_those_not_begun(tiny_pipe):
     with Engine(tiny_pipe, Limits(batch=1)) as engine:
         gate, lane = Gate(), Lane(Models(engine))

@@ -24,16 +24,7 @@ from diffusionfm.data.captions import CHOICES
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, load_preset, run, settings
 from diffusionfm.finetune.judge import SHEET_CELL, Judge
 from diffusionfm.finetune.methods import Best, build
-from diffusionfm.finetune.pictures import (
-    SCENES,
-    class_prompts,
-    collate,
-    mixture,
-    own_prompts,
-    read_widely,
-    scenes,
-    with_trigger,
-)
+from diffusionfm.finetune.pictures import class_prompts, collate, mixture, own_prompts, with_trigger
 from diffusionfm.finetune.report import Outcome, verdict
 from diffusionfm.images import contact_sheet
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -192,29 +183,6 @@ def test_prior_pictures_are_of_the_subject_s_class_too():
     assert own_prompts(cfg, classes)[1] == [*own, *classes]
     assert own_prompts(cfg, ["a dog"])[1] == [*own, *["a dog"] * 4]
     assert own_prompts(cfg, []) == (own[:3], [*own, "a key", "a cat", "a tree", "a key"])
-
-
-def test_prior_pictures_are_read_under_other_prompts_and_the_subject_s_under_the_model_s_own():
-    prior = [{"latent": k, "captions": [f"prior {k}"], "own": True} for k in range(2)]
-    train = [{"latent": 9, "captions": ["a face of zkw"], "heldout": False}]
-    own = [{"captions": ["a cat"]}, {"captions": ["a face"]}]
-    wider = read_widely(prior, train, own)
-    told = scenes(2 * SCENES)
-    assert [sample["latent"] for sample in wider] == [0, 1, 9] and all(sample["own"] for sample in wider)
-    assert wider[1]["captions"] == ["prior 1"] * SCENES + told[SCENES:] and wider[2]["captions"] == [
-        "a cat",
-        "a face",
-    ]
-    assert [sample["captions"] for sample in [*prior, *train]] == [
-        ["prior 0"],
-        ["prior 1"],
-        ["a face of zkw"],
-    ]
-    assert read_widely([], train, own) == []
-    assert len(set(scenes(60))) > 55 and scenes(60)[:6] == told
-    assert any(" left of " in scene for scene in scenes(60)) and any(
-        "hearts" in scene for scene in scenes(60)
-    )
 
 
 def test_a_subject_whose_captions_name_no_class_is_told_so(tiny_model, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffusionfm.checkpoint import write_json, write_weights, writing
-from diffusionfm.colors import INKS
 from diffusionfm.data.captions import TRIGGER
 from diffusionfm.data.folder import SUFFIXES, PictureDataset, hidden, scan, scan_shards, square
 from diffusionfm.data.order import Order
@@ -23,8 +21,6 @@ from diffusionfm.data.training import choose_caption, pixels
 from diffusionfm.finetune.settings import PREFLIGHT, SHEET, FinetuneConfig
 from diffusionfm.images import save_png
 from diffusionfm.objectives import as_float
-from diffusionfm.outlines import OUTLINES
-from diffusionfm.phrasing import article, plural
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.text import truncated_words
 
@@ -34,7 +30,6 @@ Sample = dict[str, Any]  # "key", "latent" (c, y, x), "captions", "heldout"; "ow
 MAX_HELD_OUT = 64
 SHEET_PROMPTS = 4
 OWN = "own.safetensors"
-SCENES = 3  # prompts of plain shapes that a prior picture is shown under, beside its own
 PRIOR_SEED = 1_000_000  # forgetting is measured on seeds from 0, prior pictures are drawn from here on
 
 
@@ -218,31 +213,6 @@ def own_pictures(
         for k, (prompt, latent) in enumerate(zip(prompts, latents, strict=True))
     ]
     return samples[: len(measured)], samples[len(measured) :]
-
-
-def read_widely(prior: list[Sample], train: list[Sample], own: list[Sample]) -> list[Sample]:
-    """Prior pictures under more captions than their own, and the pictures to learn under captions of the model's own.
-
-    The base model has an answer for any picture under any caption, and it is trained towards (see `Adapting.ends`): a
-    few prompts would be kept by heart, and what a picture of the subject looks like would become the answer to all."""
-    told, wider = scenes(SCENES * len(prior)), []
-    for k, sample in enumerate(prior):
-        captions = sample["captions"] * SCENES + told[SCENES * k : SCENES * (k + 1)]
-        wider.append({**sample, "captions": captions})
-    strange = [caption for sample in own for caption in sample["captions"]]
-    return wider + [{**sample, "captions": strange, "own": True} for sample in train if prior]
-
-
-def scenes(count: int) -> list[str]:
-    """Prompts of plain shapes, always the same: one beside another, so many of one, two of two colours, by turns."""
-    chance, things = random.Random(0), [f"{color} {shape}" for color in INKS for shape in OUTLINES]
-    found = []
-    for k in range(count):
-        a, b = chance.sample(things, 2)
-        one, other, number = article(a), article(b), chance.choice(("two", "three", "four"))
-        place = chance.choice(("left of", "right of", "above", "below"))
-        found.append((f"{one} {place} {other}", f"{number} {plural(a)}", f"{one} and {other}")[k % 3])
-    return found
 
 
 def keep_own(out: Path, own: list[Sample], prior: list[Sample]) -> None:

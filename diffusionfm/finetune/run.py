@@ -194,11 +194,10 @@ class Session:
         self.out = Path(cfg.trainer.output_dir)
         self.objective = build(pipe, cfg)
         train, self.held_out = pictures.hold_out(samples, cfg.trainer.seed)
-        own, drawn = self._own_pictures(pipe, train)
-        prior = drawn if cfg.text_encoder else pictures.read_widely(drawn, train, own)
+        own, prior = self._own_pictures(pipe, train)
         where = f"{len(self.held_out)} pictures held out"
         where = where if self.held_out else "the training pictures, too few to hold some out"
-        more = f" and {len(drawn)} of the model's own" if drawn else ""
+        more = f" and {len(prior)} of the model's own" if prior else ""
         say(f"{len(train)} pictures to train on{more}; validation loss on {where}")
         sets = {"validation": self.held_out or train, "seen": train, "own": own}
         prompts = [prompt.replace(TRIGGER, cfg.trigger) for prompt in cfg.prompts]
@@ -217,7 +216,7 @@ class Session:
         self.trainer.accelerator.wait_for_everyone()  # every rank has looked at the folder before one writes
         self.main = self.trainer.accelerator.is_main_process
         if self.main:
-            self._begin(own, drawn)
+            self._begin(own, prior)
 
     def _own_pictures(
         self, pipe: DiffusionFMPipeline, train: list[Sample]
