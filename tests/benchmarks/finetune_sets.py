@@ -9,7 +9,8 @@ duotone: an icon family, 36 of Phosphor's duotone icons (MIT), in purple.
 None of the packages is in configs/data/icons.yaml, nor their drawings in a package that is.
 
 Each package is fetched by npm once; `smile` runs node. A set becomes a folder of PNG and .txt files, is fine-tuned with
-the laptop preset, and draws prompts that are not in it: OUT/NAME/{pictures,lora,grid.png}, all of them in OUT/grid.png.
+the laptop preset, and draws things that are not in it (of the character, moods): OUT/NAME/{pictures,lora,grid.png}, all
+in OUT/grid.png.
 What it cost: the scorecard's rules (colours, transparency, counting, places, pairs), by the same prompts and seeds
 before and after. OUT/results.json holds every number; a set run by itself joins those that are there.
 """
@@ -79,7 +80,7 @@ Pictures = Iterator[tuple[str, str, Image.Image]]  # name, caption, picture
 
 @dataclass(frozen=True)
 class Set:
-    """A set to fine-tune on: its pictures, and prompts that are not among their captions."""
+    """A set to fine-tune on: its pictures, and prompts to draw before and after."""
 
     pictures: Callable[[], Pictures]
     prompts: tuple[str, ...]
