@@ -31,7 +31,7 @@ VEIL = '<label class="veil"><input type="checkbox"> Show anyway</label>'
 EXAMPLES: list[tuple[str, str]] = [
     ("a red apple", "Name one thing. Nothing behind it: the picture is truly transparent."),
     (
-        "a flat emoji of a smiling cat",
+        "a flat emoji of a house",
         "Begin with a style: flat emoji, 3D emoji, clip art, sticker.",
     ),
     ("a 3D emoji of a rocket on a sky blue background", "End with a background and its colour."),

@@ -23,6 +23,7 @@ from .request import (
     NOTHING,
     STYLES,
     sizes,
+    usual_size,
 )
 
 SHOWN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -213,14 +214,13 @@ def _seeds() -> dict[str, Any]:
 
 
 def _settings(lane: Lane) -> dict[str, Any]:
-    offered = sizes(lane.pipe)
     with gr.Accordion("More settings", open=False, elem_id="more", elem_classes="more"):
         size = gr.Dropdown(
-            offered,
-            value=offered[0],
+            sizes(lane.pipe),
+            value=usual_size(lane.pipe),
             label="Size",
             elem_id="size",
-            info="The first is what the model learned. Other shapes are drawn with less care.",
+            info="Larger ones are the same picture with finer edges. Other shapes are drawn with less care.",
         )
         lane.model.size.append(size)
         return {"size": size} | tuning(lane)

@@ -31,7 +31,7 @@ from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, sizes, small
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."
 FIRST = {
-    "prompt": "cat, dog, fox",
+    "prompt": "rocket, ghost, house",
     "style": "flat emoji, 3D emoji, sticker",
     "background": "transparent, sky blue, gold",
     "leave out": f"{sheets.NOTHING}, outline, shadow",
@@ -93,7 +93,7 @@ def _asking() -> dict[str, Any]:
     axes = list(sheets.AXES)
     parts: dict[str, Any] = {
         "prompt": gr.Textbox(
-            "a flat emoji of a smiling cat",
+            "a flat emoji of a rocket",
             label="Prompt",
             lines=1,
             max_lines=4,

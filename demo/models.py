@@ -14,7 +14,7 @@ from . import cards
 from .adapters import MAX_WEIGHT, NONE, choices, chosen, refreshed
 from .controls import QUIET, SHOWN
 from .lane import REFUSED, Lane, Update
-from .request import sizes
+from .request import size_name, sizes, usual_size
 
 KEPT = ("create", "vary", "grid")
 """Tabs whose adapter and weight a reload brings back."""
@@ -45,7 +45,8 @@ def model_picker(lane: Lane) -> Picker:
 
 
 def _header(lane: Lane, pipe: DiffusionFMPipeline) -> str:
-    size = f"{pipe.defaults['width']} × {pipe.defaults['height']} px"
+    size = size_name(*max(pipe.sizes or [(pipe.defaults["width"], pipe.defaults["height"])]))
+    size = f"up to {size} px" if pipe.sizes else f"{size} px"
     name = [f"model {pipe.model_name}"] if len(lane.models.names) == 1 else []
     return cards.header(cards.NAME, [*name, size, "transparent"])
 
@@ -97,12 +98,11 @@ def choose(lane: Lane, person: str, name: str, *worn: str) -> Update:
 def follow(lane: Lane, name: str) -> Update:
     """What all tabs show once a model is chosen, adapters apart. Raises one of REFUSED."""
     at, pipe = lane.model, lane.models.engine(name).pipe
-    own = sizes(pipe)
     new: Update = {at.choice: name, at.head: _header(lane, pipe)}
     new |= dict.fromkeys(at.steps, pipe.defaults["steps"]) | dict.fromkeys(
         at.guidance, pipe.defaults["guidance"]
     )
-    return new | dict.fromkeys(at.size, gr.Dropdown(own, value=own[0]))
+    return new | dict.fromkeys(at.size, gr.Dropdown(sizes(pipe), value=usual_size(pipe)))
 
 
 def reopen(lane: Lane, person: str, found: Any) -> Update:

@@ -22,6 +22,8 @@ from diffusionfm.serve.jobs import Request
 MAX_SEED = 2**53 - 1
 """The largest seed a browser's numbers hold exactly."""
 MAX_COUNT, MAX_STEPS, MAX_GUIDANCE, MAX_PROMPT = 8, 100, 20.0, 2000
+USUAL = 512
+"""Pixels a side that a picture has at first, where the model's decoder goes so far: a page shows it about as large."""
 NOTHING, AS_WRITTEN = "transparent", "as the prompt says"
 STYLES = [
     "flat emoji",
@@ -100,6 +102,11 @@ def in_range(told: dict[str, Any]) -> dict[str, Any]:
         for name, (least, most) in ranges.items()
         if name in told and told[name] == told[name]
     }
+
+
+def usual_size(pipe: DiffusionFMPipeline) -> str:
+    """The size that Create begins with: the largest of the model's own shape, up to USUAL pixels."""
+    return size_name(*pipe.size_for(USUAL))
 
 
 # ------------------------------------------------------------------ files

@@ -160,7 +160,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m demo.shots", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", help="a model folder (default: the shipped model)")
-    parser.add_argument("--prompt", default="a flat emoji of a smiling cat")
+    parser.add_argument("--prompt", default="a flat emoji of a rocket")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="pictures to fine-tune on, with captions"

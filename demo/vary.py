@@ -170,7 +170,8 @@ class Tab(DrawTab):
             raise gr.Error(
                 "Upload a picture first, or take the last one from Create.", title="No picture yet"
             )
-        size, mask = self.lane.models.engine(chosen.model).pipe.defaults, painted(canvas, picture.size)
+        width, height = self.lane.models.engine(chosen.model).pipe.size_for(max(picture.size))
+        mask = painted(canvas, picture.size)
         asked = Request(
             (prompt or "").strip(),
             (negative or "").strip(),
@@ -178,8 +179,10 @@ class Tab(DrawTab):
             roll() if fresh or seed is None else int(seed),
             int(steps),
             float(guidance),
+            height=height,
+            width=width,
             loras=self.worn(chosen),
-            start=start_from(picture, size["width"], size["height"], strength or None, mask),
+            start=start_from(picture, width, height, strength or None, mask),
         )
         return [(chosen.model, asked)]
 

@@ -214,3 +214,22 @@ def test_a_picture_of_a_larger_size_is_set_out_from(model):
     held = np.asarray(pipe("yellow", mask_image=mask, **asked).images[0])
     changed = (held != np.asarray(picture)).any(axis=-1)
     assert changed[64:, 64:].any() and not changed[:64].any() and not changed[:, :64].any()
+
+
+def test_the_studio_begins_with_large_pictures_and_varies_one_in_its_own_size(model):
+    pytest.importorskip("gradio")
+    from demo import vary
+    from demo.drawtab import Chosen
+    from demo.lane import Lane
+    from demo.request import usual_size
+    from diffusionfm.serve.engine import Engine
+    from diffusionfm.serve.models import Models
+
+    pipe = DiffusionFMPipeline.from_pretrained(model)
+    assert usual_size(pipe) == "128 × 128"
+    with Models(Engine(pipe)) as models:
+        tab = vary.Tab(Lane(models), None)
+        for side, drawn in ((20, 32), (64, 64), (300, 128)):
+            form = (Image.new("RGBA", (side, side), "red"), None, "x", "", "auto", 0.5, 7, False, 1, 1, 3.0)
+            ((_, asked),) = tab.plan(Chosen("", None, "none", 1.0), *form)
+            assert (asked.width, asked.height) == (drawn, drawn) == asked.start.picture.size
