@@ -60,7 +60,8 @@ class Controls:
 
 
 def vary(lane: Lane) -> None:
-    """Lay out the tab inside the open Blocks and wire it to the lane."""
+    """Lay out the tab inside the open gr.Tab and wire it to the lane."""
+    page: Any = gr.context.Context.block
     tab = Tab(lane, lay_out(lane))
     at = tab.at
     tab.wire([at.draw.click, at.prompt.submit])
@@ -70,6 +71,8 @@ def vary(lane: Lane) -> None:
     at.upload.upload(tab.upload, [at.upload, model], given, **SHOWN)
     at.last.click(tab.take, [at.url, model], given, js=LAST, **SHOWN)
     at.stage.click(tab.take_again, model, given, **SHOWN)
+    # an editor that a reload fills while its tab is hidden would stay as small as it was laid out there
+    page.select(lambda picture: gr.ImageEditor(visible=picture is not None), at.picture, at.canvas, **QUIET)
 
 
 def lay_out(lane: Lane) -> Controls:
@@ -185,11 +188,6 @@ class Tab(DrawTab):
             start=start_from(picture, width, height, strength or None, mask),
         )
         return [(chosen.model, asked)]
-
-    def recalled(self, drawing: Drawing, model: str | None) -> Update:
-        """The form again, with its canvas in sight."""
-        again = super().recalled(drawing, model)
-        return again | {self.at.canvas: gr.ImageEditor(again[self.at.canvas], visible=True)}
 
     def finished(self, drawing: Drawing, drawn: list[Pictures]) -> Update:
         """The pictures, each to be varied again."""
