@@ -29,6 +29,7 @@ from gradio_client import Client
 from starlette.requests import Request as HttpRequest
 
 from demo import app, batch, dataset, grid, vary
+from demo.drawtab import Chosen
 from demo.request import AS_WRITTEN, NOTHING
 from diffusionfm.checks import SHIPPED
 from diffusionfm.cli import main
@@ -391,14 +392,14 @@ def test_u1_too_large_a_file_is_refused_and_nothing_stays(studio, http, monkeypa
     assert http.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
 
 
-def test_u1_pictures_and_rows_may_have_less_than_a_zip(studio, tmp_path, tiny_pipe):
+def test_u1_pictures_and_rows_may_have_less_than_a_zip(studio, tmp_path):
     large = tmp_path / "large.png"
     with large.open("wb") as file:
         file.truncate(HANDED_BYTES + 1)
     with pytest.raises(gr.Error, match="too large: 20 MB at most"):
         vary.Tab(None, None).upload(str(large), None)
     with pytest.raises(ValueError, match="too large"):
-        grid._requests([{"prompt": "x"}], str(large), tiny_pipe.defaults)
+        grid.Tab(None, None)._resolved(Chosen("", None, None, 1.0), [{"prompt": "x"}], str(large))
     tab = next(fn.fn for fn in studio.fns.values() if fn.name == "read")
     with pytest.raises(gr.Error, match="too large"):
         tab(str(large))
@@ -486,10 +487,10 @@ def test_q7_a_reload_finds_its_pictures_and_nobody_else_does(running, http, monk
         return "a red apple" in text or "data:image" in text
 
     for ticket in strangers:  # the drawing is under way
-        assert not leaks(asked(http, studio, "rejoin", "page3", [ticket]))
+        assert not leaks(asked(http, studio, "rejoin", "page3", [ticket, None]))
         assert not leaks(asked(http, studio, "watch", "page3", [ticket]))
         asked(http, studio, "cancel", "page3", [ticket])
-    assert "a red apple" in asked(http, studio, "rejoin", "page2", [mine])  # the page was loaded again
+    assert "a red apple" in asked(http, studio, "rejoin", "page2", [mine, None])  # the page was loaded again
     opened.set()
     assert "data:image/png" in asked(http, studio, "watch", "page2", [mine])
     for ticket in strangers:  # it has ended
