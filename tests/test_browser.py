@@ -439,7 +439,7 @@ def test_nothing_serious_is_found_by_axe(page, studio, drawing, theme):
     set_number(page, "#grid-steps", 3)
     page.click("#grid-draw")
     page.wait_for_selector("#grid-stage img.whole")
-    sync_api.expect(page.locator("#grid-status .warn")).to_contain_text("zebra")
+    sync_api.expect(page.locator("#grid-advice .warn")).to_contain_text("zebra")
     found += serious(page, "Grid, drawn")
     open_tab(page, "Restore")
     page.set_input_files("#restore-file input[type=file]", drawing)
