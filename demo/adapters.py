@@ -108,10 +108,10 @@ def find(lane: Lane, person: str, name: str, pipe: DiffusionFMPipeline) -> str |
     for _, choice in choices(lane, person):
         with suppress(ValueError):  # it is for another model
             adapter = chosen(lane, person, choice, 1.0, pipe)
-            if adapter and name in (
-                _told(adapter.name),
-                adapter.source.name,
-            ):  # the second is what a batch tells
+            known = (
+                (_told(adapter.name), adapter.source.name) if adapter else ()
+            )  # the second is what a batch tells
+            if name in known:
                 return choice
     return None
 

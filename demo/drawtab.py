@@ -147,6 +147,7 @@ class DrawTab:
         """A page that is opened: after a reload, what it was drawing and what was asked for."""
         drawing = self.find(ticket, request)
         if drawing is None:
+            self.lane.forget(self._owner(ticket, request))  # what was stopped was told to the page before
             return {self.at.said: gr.skip()}
         return self._begun(drawing) | self.recalled(drawing, model)
 

@@ -102,9 +102,7 @@ class Drawing:
     given: Mapping[Any, Any] = field(default_factory=dict)
     futures: list[Future[Pictures]] = field(default_factory=list)
     ahead: Callable[[], int] = lambda: 0
-    steps: list[tuple[int, int, Preview | None]] = field(
-        default_factory=list
-    )  # (step, total, look) of each request
+    steps: list[tuple[int, int, Preview | None]] = field(init=False)  # (step, total, look) of each request
     paces: deque[tuple[float, float]] = field(init=False)  # (when, share), of late
     changed: Condition = field(default_factory=Condition)
     left: float | None = None  # when the page was closed
@@ -115,7 +113,7 @@ class Drawing:
         self.steps = [(0, 1, None)] * len(self.requests)
         self.paces = deque(
             [(time.monotonic(), 0.0)], maxlen=8 * len(self.requests)
-        )  # each reports every step
+        )  # as each reports its steps
 
     @property
     def count(self) -> int:
@@ -290,6 +288,10 @@ class Lane:
         """Stop the owner's drawing, running or waiting, within a step; whether there was one."""
         drawing = self._drawings.get(owner)
         return drawing is not None and drawing.cancel()
+
+    def forget(self, owner: str) -> None:
+        """Keep the owner's last drawing no longer."""
+        self._drawings.pop(owner, None)
 
     def leave(self, page: str) -> None:
         """A page was closed: what it looked on is drawn on for PATIENCE seconds, in case it comes back."""

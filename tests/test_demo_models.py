@@ -234,6 +234,7 @@ def test_a_drawing_is_never_lost_from_sight(studio, monkeypatch):
     tab.cancel(TICKET, PAGE)
     assert "Cancelled" in last(tab.watch(TICKET, PAGE))[tab.at.status]
     assert tab.at.stage not in tab.rejoin(TICKET, "tiny", PAGE)
+    assert [tab.at.stage in update for update in tab.watch(TICKET, PAGE)] == [False]  # it was told already
 
     def broken(batch):
         raise RuntimeError("broken")
