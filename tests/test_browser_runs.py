@@ -256,7 +256,7 @@ def test_rows_become_pictures_to_take_away(context, desk, tmp_path):
 
     page.click("#b-new")
     expect(page.locator("#b-rows textarea")).to_have_value("")
-    page.fill("#b-rows textarea", "\n".join(f"a red apple {k} --s 400" for k in range(60)))
+    page.fill("#b-rows textarea", "\n".join(f"a red apple {k} --s 240" for k in range(60)))
     page.locator("#b-to").get_by_text("WebDataset shards").click()
     page.click("#b-start")
     page.wait_for_selector("#b-status .bar:not([aria-valuenow='0'])")
