@@ -53,11 +53,11 @@ def generate_endpoint(lane: Lane) -> None:
             flagged = [f"flagged: the prompt says {word!r}" for word in result.flagged]
             for told in [*result.warnings, *flagged]:
                 gr.Warning(told)
-        return await asyncio.to_thread(save, asked, result), result.seeds
+        return await asyncio.to_thread(save, result), result.seeds
 
-    def save(asked: Request, result: Pictures) -> list[tuple[str, str]]:
+    def save(result: Pictures) -> list[tuple[str, str]]:
         """The files for Gradio to hand out, each with its caption."""
-        files, made = [], encode(lane.pipe.model_name, asked, result, lane.metadata)
+        files, made = [], encode(result, lane.metadata)
         for data, number in zip(made, result.seeds, strict=True):
             folder = f"{pictures.GRADIO_CACHE}/{uuid.uuid4().hex}"  # a name that tells nobody what was drawn before
             path = save_bytes_to_cache(data, f"{number}.png", folder)

@@ -21,7 +21,6 @@ from .request import (
     compose,
     encode,
     file_name,
-    parameters,
     seeds_in_words,
     sizes,
     svg,
@@ -102,8 +101,8 @@ class Tab(DrawTab):
         advice = [*result.warnings, *cards.veiled(result.flagged)]
         return {
             self.at.stage: cards.results(
-                encode(drawing.models[0], asked, result, self.lane.metadata),
-                parameters(drawing.models[0], asked, result),
+                encode(result, self.lane.metadata),
+                result.told,
                 bool(result.flagged),
             ),
             self.at.status: cards.note(told),
@@ -127,12 +126,12 @@ class Tab(DrawTab):
         drawing = self.find(ticket, request)
         if drawing is None or drawing.ended is None:
             raise gr.Error("These pictures are no longer here: draw them again, with the same seed.")
-        model, asked, (pictures,) = drawing.models[0], drawing.requests[0], drawing.pictures()
+        asked, (pictures,) = drawing.requests[0], drawing.pictures()
         if verb == "zip":
-            data = zip_of(model, asked, pictures, self.lane.metadata)
+            data = zip_of(pictures, asked.prompt, self.lane.metadata)
             return self._hand_over(f"{file_name(asked.prompt)}.zip", "application/zip", data)
         seed = pictures.seeds[int(number)]
-        data = svg(model, asked, pictures, int(number), self.lane.metadata)
+        data = svg(pictures, int(number), self.lane.metadata)
         return self._hand_over(f"{file_name(asked.prompt, seed)}.svg", "image/svg+xml", data)
 
     def teach(self, event: gr.EventData) -> Update:

@@ -26,7 +26,7 @@ from .controls import SHOWN, actions, easel, tuning
 from .create import roll
 from .drawtab import Chosen, DrawTab
 from .lane import Asked, Drawing, Lane, Update
-from .request import MAX_PROMPT, MAX_SEED, file_name, parameters, sizes, small
+from .request import MAX_PROMPT, MAX_SEED, file_name, sizes, small
 
 NO_AXIS = "none"
 HINT = "The sheet appears here.", f"Two settings against each other, {sheets.MOST} pictures at most."
@@ -246,8 +246,7 @@ class Tab(DrawTab):
         """The sheet."""
         across, down = self._axes_of(drawing.given)
         told = f"{drawing.count} pictures, {across.name} across" + (f", {down.name} down" if down else "")
-        pairs = zip(drawing.models, drawing.requests, drawn, strict=True)
-        said = in_common([parameters(*its)[0] for its in pairs])
+        said = in_common([its.told[0] for its in drawn])
         sheet = sheets.draw_sheet(
             [its.images[0] for its in drawn], across, down, self._facts(drawing, across, down)
         )

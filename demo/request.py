@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from diffusionfm import __version__
 from diffusionfm.checks import SIZE
 from diffusionfm.drawing import Pictures
 from diffusionfm.formats import trace
@@ -112,49 +111,27 @@ def usual_size(pipe: DiffusionFMPipeline) -> str:
 # ------------------------------------------------------------------ files
 
 
-def parameters(model: str, asked: Request, pictures: Pictures) -> list[dict[str, Any]]:
-    """All it takes to draw each of the pictures again; model: the name of the one that drew them."""
-    common: dict[str, Any] = {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "steps": asked.steps,
-        "guidance": asked.guidance,
-        "model": model,
-        "version": __version__,
-    }
-    if asked.loras:
-        common["lora"] = [f"{name.partition('+')[0]}:{scale:g}" for name, scale in asked.loras]
-    if asked.start is not None:
-        common["strength"] = asked.start.strength
+def encode(pictures: Pictures, metadata: bool = True) -> list[bytes]:
+    """The pictures as PNG files, alpha kept, each telling how it was made; with no metadata, nothing but pixels."""
     return [
-        common | {"seed": seed, "width": image.width, "height": image.height}
-        for image, seed in zip(pictures.images, pictures.seeds, strict=True)
+        encode_png(image, told if metadata else None)
+        for image, told in zip(pictures.images, pictures.told, strict=True)
     ]
 
 
-def encode(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> list[bytes]:
-    """The pictures as PNG files, alpha kept, each with its parameters inside; with no metadata, nothing but pixels."""
-    said = parameters(model, asked, pictures)
-    return [
-        encode_png(image, its if metadata else None) for image, its in zip(pictures.images, said, strict=True)
-    ]
-
-
-def svg(model: str, asked: Request, pictures: Pictures, number: int, metadata: bool = True) -> bytes:
+def svg(pictures: Pictures, number: int, metadata: bool = True) -> bytes:
     """Picture `number`, traced; metadata: as of `encode`."""
-    said = parameters(model, asked, pictures)[number] if metadata else None
-    return trace(pictures.images[number], parameters=said)
+    return trace(pictures.images[number], parameters=pictures.told[number] if metadata else None)
 
 
-def zip_of(model: str, asked: Request, pictures: Pictures, metadata: bool = True) -> bytes:
-    """A ZIP of every picture, as PNG and as SVG; metadata: as of `encode`."""
+def zip_of(pictures: Pictures, prompt: str, metadata: bool = True) -> bytes:
+    """A ZIP of every picture, as PNG and as SVG, named after the prompt; metadata: as of `encode`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        files = encode(model, asked, pictures, metadata)
-        for k, (data, seed) in enumerate(zip(files, pictures.seeds, strict=True)):
-            archive.writestr(f"{file_name(asked.prompt, seed)}.png", data)
-            traced = svg(model, asked, pictures, k, metadata)
-            archive.writestr(f"{file_name(asked.prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
+        for k, (data, seed) in enumerate(zip(encode(pictures, metadata), pictures.seeds, strict=True)):
+            archive.writestr(f"{file_name(prompt, seed)}.png", data)
+            traced = svg(pictures, k, metadata)
+            archive.writestr(f"{file_name(prompt, seed)}.svg", traced, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 

@@ -24,7 +24,7 @@ from .lane import Lane, Update
 from .models import KEEP, choose, following, kept
 from .request import AS_WRITTEN, MAX_PROMPT, NOTHING, in_range, size_name, sizes, small
 
-WORDS = {"negative_prompt": "leave out", "lora": "LoRA"}
+WORDS = {"negative_prompt": "leave out", "model_hash": "its weights", "lora": "LoRA"}
 STARTED = "it was drawn from another picture, which is not told"
 CREATE = (
     "prompt", "negative", "seed", "fresh", "steps", "guidance", "size", "style", "background", "advice", "announcer",
@@ -148,6 +148,10 @@ def recall(
     elif name != model:
         new, model = choose(lane, person, name, *worn), name
     pipe = lane.models.engine(model).pipe
+    if told.get("model") == model and told.get("model_hash", pipe.model_hash) != pipe.model_hash:
+        words.append(
+            f"{model} had other weights, or another precision, when it was drawn: expect another picture"
+        )
     within = in_range(told)
     for name, value in within.items():
         new[at[name]] = value

@@ -193,7 +193,7 @@ class Tab(DrawTab):
         """The pictures, each to be varied again."""
         asked, (result,) = drawing.requests[0], drawn
         assert asked.start is not None
-        files = encode(drawing.models[0], asked, result, self.lane.metadata)
+        files = encode(result, self.lane.metadata)
         told = " · ".join(
             [asked.prompt or "no prompt", f"strength {asked.start.strength:g}", seeds_in_words(result.seeds)]
         )

@@ -210,10 +210,10 @@ def check_model(path: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
-def model_hash(folder: Path) -> str:
-    """12 hex digits of the SHA-256 over the weights in a model folder, as float32: the same in any precision.
+def base_hash(folder: Path) -> str:
+    """12 hex digits of the SHA-256 over the weights in a model folder, as float32: which model an adapter is for.
 
-    An upscaler does not count: what is adapted to a model fits it with any and with none."""
+    The same in any precision. An upscaler does not count: what is adapted to a model fits it with any and with none."""
     import torch
     from safetensors import safe_open
 

@@ -53,12 +53,14 @@ class Cancelled(Exception):
 class Pictures:
     """What a call gives: straight-alpha RGBA pictures, the seed of each, and what the user should know.
 
-    flagged: words of the prompt that a server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
+    told: what the file of each may say of how it was made (`Painter.describe`). flagged: words of the prompt that a
+    server's list flags (see serve/safety.py); a call of the pipeline flags nothing.
     """
 
     images: list[Image.Image] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)
     flagged: list[str] = field(default_factory=list)
 
 
@@ -87,6 +89,7 @@ class Painter:
         )
         self.defaults: dict[str, Any] = dict(DEFAULTS)
         self.model_name = "unnamed"
+        self.model_hash = ""  # the fingerprint of the weights that were loaded
         self.loras: dict[str, float] = {}
         self.lora_sources: dict[str, Path] = {}
         self.fast = False
@@ -111,6 +114,7 @@ class Painter:
         if fast:
             self.defaults |= merge_few_step(self.transformer, folder)
             self.model_name += "-fast"
+        self.model_hash = self.fingerprint()
         self.vocabulary = Vocabulary.read(folder / FILE)
 
     @property
@@ -119,24 +123,34 @@ class Painter:
         return next(self.vae.parameters()).device
 
     def fingerprint(self) -> str:
-        """12 hex digits of the SHA-256 over all weights as they are now: which model drew a picture."""
+        """12 hex digits of the SHA-256 over all weights as they are now, in their precision: which model draws.
+
+        Adapters do not count, unless they were merged."""
         digest = hashlib.sha256()
         for name in WEIGHTS:
-            for key, value in sorted(getattr(self, name).state_dict().items()):
+            weights = getattr(self, name).state_dict().items()
+            own = {key.replace(".base_layer.", "."): value for key, value in weights if ".lora_" not in key}
+            for key, value in sorted(own.items()):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:12]
 
-    def describe(self, prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def describe(
+        self,
+        prompt: str,
+        seed: int,
+        settings: Mapping[str, Any],
+        loras: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
         """What the file of a picture says of how it was made.
 
         settings: negative_prompt, steps, guidance, size, and strength where it was drawn from a picture.
+        loras: those at work, by name, and their scales; None for all that were loaded.
         """
-        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "version": __version__, **settings}
-        said["guidance"] = float(said["guidance"])
-        if self.loras:
-            said["lora"] = [f"{name}:{scale:g}" for name, scale in self.loras.items()]
-        return {name: value for name, value in said.items() if value != ""}
+        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "model_hash": self.model_hash}
+        said |= {"version": __version__, **settings, "guidance": float(settings["guidance"])}
+        worn = [f"{name}:{scale:g}" for name, scale in (self.loras if loras is None else loras).items()]
+        return {name: value for name, value in said.items() if value != ""} | ({"lora": worn} if worn else {})
 
     # -------------------------------------------------------------- drawing
 
@@ -183,7 +197,15 @@ class Painter:
         tasks = plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None)
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
-        result = Pictures(seeds=[task.seed for task in tasks], warnings=self.advice(tasks, self.loras))
+        said = settings if start is None else settings | {"strength": start.strength}
+        result = Pictures(
+            seeds=[task.seed for task in tasks],
+            warnings=self.advice(tasks, self.loras),
+            told=[
+                self.describe(task.prompt, task.seed, said | {"negative_prompt": task.negative})
+                for task in tasks
+            ],
+        )
         words = {} if words is None else words
         times = flow.grid(settings["steps"], self.defaults["shift"], start.strength if start else 1.0)
         steps = len(times) - 1

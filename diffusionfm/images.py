@@ -27,6 +27,7 @@ PARAMETERS: dict[str, type | tuple[type, ...]] = {
     "width": int,
     "height": int,
     "model": str,
+    "model_hash": str,
     "lora": (str, list),
     "version": str,
 }
@@ -47,6 +48,7 @@ _A1111 = {
     "Steps": ("steps", int),
     "CFG scale": ("guidance", float),
     "Seed": ("seed", int),
+    "Model hash": ("model_hash", str),
     "Model": ("model", str),
     "Denoising strength": ("strength", float),
 }

@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from diffusionfm.checks import COMPONENTS, DEFAULTS, check_model, model_hash, read_json, write_checksums
+from diffusionfm.checks import COMPONENTS, DEFAULTS, base_hash, check_model, read_json, write_checksums
 from diffusionfm.devices import default_dtype, parse_dtype
 from diffusionfm.drawing import Cancelled, Painter
 from diffusionfm.encoders import load_text_encoder, load_tokenizer, load_vae, load_whole
@@ -98,10 +98,10 @@ class DiffusionFMPipeline(DiffusionPipeline, Painter):
 
     @property
     def base_hash(self) -> str:
-        """The hash of the weights in the folder this was loaded from (`model_hash`); "" for one in memory alone."""
+        """`checks.base_hash` of the folder this was loaded from; "" for one in memory alone."""
         folder = Path(self.config.get("_name_or_path") or "")
         if self._base is None:
-            self._base = model_hash(folder) if (folder / "model_index.json").is_file() else ""
+            self._base = base_hash(folder) if (folder / "model_index.json").is_file() else ""
         return self._base
 
 

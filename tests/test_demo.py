@@ -24,7 +24,7 @@ from PIL import Image
 from demo import app, cards, grid, request, shelf
 from demo.lane import PREVIEWS, Lane, Step, Waiting
 from diffusionfm.colors import COLORS
-from diffusionfm.drawing import Cancelled, Pictures
+from diffusionfm.drawing import Cancelled
 from diffusionfm.edit import start_from
 from diffusionfm.images import read_parameters
 from diffusionfm.serve.engine import Engine
@@ -107,7 +107,7 @@ def test_sizes_begin_with_the_model_s_own():
 def test_the_zip_has_every_picture_as_png_and_as_svg(tiny_pipe):
     asked = Request("a red apple!", seed=5, num_images=2, steps=2, guidance=3.0)
     drawn = tiny_pipe(asked.prompt, seed=5, num_images=2, num_inference_steps=2)
-    with zipfile.ZipFile(io.BytesIO(request.zip_of(tiny_pipe.model_name, asked, drawn))) as archive:
+    with zipfile.ZipFile(io.BytesIO(request.zip_of(drawn, asked.prompt))) as archive:
         names = [f"a-red-apple-{seed}.{kind}" for seed in (5, 6) for kind in ("png", "svg")]
         assert archive.namelist() == names
         with Image.open(archive.open(names[2])) as second:
@@ -125,12 +125,11 @@ def lane(tiny_pipe):
         yield Lane(models)
 
 
-def test_files_tell_the_strength_and_the_adapters_at_work_alone(tiny_pipe, monkeypatch):
+def test_files_tell_the_strength_and_the_adapters_at_work_alone(lane, tiny_pipe, monkeypatch):
     monkeypatch.setitem(tiny_pipe.loras, "at-rest", 1.0)
-    picture = Image.new("RGBA", (32, 32), "red")
-    asked = Request("x", loras=(("rings+secret", 0.5),), start=start_from(picture, 32, 32, 0.7))
-    told = request.parameters(tiny_pipe.model_name, asked, Pictures([picture], [3]))[0]
-    assert (told["lora"], told["strength"], told["seed"]) == (["rings:0.5"], 0.7, 3)
+    start = start_from(Image.new("RGBA", (32, 32), "red"), 32, 32, 0.7)
+    told = lane.models.first.submit(Request("x", seed=3, steps=2, start=start)).result(60).told[0]
+    assert (told.get("lora"), told["strength"], told["seed"]) == (None, 0.7, 3)
 
 
 def test_flagged_pictures_are_veiled_on_every_stage():

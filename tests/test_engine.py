@@ -65,6 +65,7 @@ def test_pictures_that_share_calls_are_those_drawn_alone(pipe, tiny_pipe):
     for request, pictures in zip(MIXED, drawn, strict=True):
         expected = alone(tiny_pipe, request)
         assert pictures.seeds == expected.seeds and not pictures.warnings
+        assert pictures.told == expected.told and all(told["model_hash"] for told in pictures.told)
         assert all_near(pictures.images, expected.images)
 
 

@@ -72,21 +72,22 @@ def test_a_lora_added_while_others_draw_is_the_one_loaded_before(
     with Engine(pipe) as engine:
         first = engine.submit(Request("a red apple", seed=1, steps=5), on_step=gate)
         assert gate.reached.wait(60)
-        threads = [threading.Thread(target=engine.add_lora, args=(folders[k], f"p{k}")) for k in (1, 2)]
+        threads = [threading.Thread(target=engine.add_lora, args=(folders[k], f"p{k}+s")) for k in (1, 2)]
         for thread in threads:
             thread.start()
         gate.opened.set()
         for thread in threads:
             thread.join()
         assert near(first.result(60).images[0], bare)
-        engine.add_lora(folders[1], "p1")  # again: nothing but used last
-        engine.add_lora(folders[3], "p3")
-        assert engine.wardrobe.private == ["p1", "p3"] and list(pipe.loras) == ["l0"]
-        with pytest.raises(ValueError, match="no LoRA 'p2' here: l0$"):
-            engine.submit(Request("x", loras=(("p2", 1.0),)))
-        for name, k in (("p1", 1), ("l0", 0), ("p3", 3), ("p1", 1)):
-            drawn = engine.submit(Request("a red apple", seed=1, steps=5, loras=((name, 1.0),)))
-            assert near(drawn.result(60).images[0], expected[k]), name
+        engine.add_lora(folders[1], "p1+s")  # again: nothing but used last
+        engine.add_lora(folders[3], "p3+s")
+        assert engine.wardrobe.private == ["p1+s", "p3+s"] and list(pipe.loras) == ["l0"]
+        with pytest.raises(ValueError, match="no LoRA 'p2\\+s' here: l0$"):
+            engine.submit(Request("x", loras=(("p2+s", 1.0),)))
+        for name, k in (("p1+s", 1), ("l0", 0), ("p3+s", 3), ("p1+s", 1)):
+            drawn = engine.submit(Request("a red apple", seed=1, steps=5, loras=((name, 1.0),))).result(60)
+            assert near(drawn.images[0], expected[k]), name
+            assert drawn.told[0]["lora"] == [f"{name.partition('+')[0]}:1"]  # its secret is nobody's
         assert near(engine.submit(Request("a red apple", seed=1, steps=5)).result(60).images[0], bare)
         with pytest.raises(ValueError, match="no LoRA folder"):
             engine.add_lora(tmp_path / "nowhere", "p9")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusionfm.checks import model_hash
+from diffusionfm.checks import base_hash
 from diffusionfm.cli import main
 from diffusionfm.finetune import FinetuneConfig
 from diffusionfm.finetune.export import export
@@ -47,7 +47,7 @@ def other(tiny_model, tmp_path_factory) -> Path:
 
 def test_both_forms_name_the_model_they_were_trained_on(made, tiny_model):
     for source in made:
-        assert base_of(source) == ("tiny", model_hash(tiny_model))
+        assert base_of(source) == ("tiny", base_hash(tiny_model))
 
 
 def test_the_hash_is_that_of_the_values_in_any_precision(tiny_model, other, tmp_path):
@@ -59,19 +59,20 @@ def test_the_hash_is_that_of_the_values_in_any_precision(tiny_model, other, tmp_
         save_file(
             {k: v.float() for k, v in values.items()}, wide / file.relative_to(halves), {"format": "pt"}
         )
-    assert model_hash(halves) == model_hash(wide) != model_hash(tiny_model) != model_hash(other)
+    assert base_hash(halves) == base_hash(wide) != base_hash(tiny_model) != base_hash(other)
 
 
 def test_the_right_model_is_silent_and_another_refuses(made, tiny_model, other):
     for source in made:
-        assert DiffusionFMPipeline.from_pretrained(tiny_model).load_lora(source) == ""
+        pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+        assert pipe.load_lora(source) == "" and pipe.fingerprint() == pipe.model_hash
         assert DiffusionFMPipeline.from_pretrained(tiny_model, dtype="bfloat16").load_lora(source) == ""
         pipe = DiffusionFMPipeline.from_pretrained(other)
         with pytest.raises(
-            ValueError, match=rf"another model, 'tiny' \({model_hash(tiny_model)}\).*'other'"
+            ValueError, match=rf"another model, 'tiny' \({base_hash(tiny_model)}\).*'other'"
         ) as caught:
             pipe.load_lora(source)
-        assert model_hash(other) in str(caught.value) and "--lora-any" in str(caught.value)
+        assert base_hash(other) in str(caught.value) and "--lora-any" in str(caught.value)
         assert pipe.loras == {}
         assert "pictures may suffer" in pipe.load_lora(source, any_model=True)
         assert list(pipe.loras) == ["style"]

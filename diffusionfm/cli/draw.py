@@ -65,10 +65,8 @@ def generate(args: argparse.Namespace) -> int:
             mask_image=args.mask,
             strength=args.strength,
         )
-    settings = _settings(args, pipe)
-    for file, image, seed in zip(files, result.images, result.seeds, strict=True):
-        said = None if args.no_metadata else pipe.describe(args.prompt, seed, settings)
-        write_atomic(file, finish.encode(image, said))
+    for file, image, told in zip(files, result.images, result.told, strict=True):
+        write_atomic(file, finish.encode(image, None if args.no_metadata else told))
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     seconds = time.monotonic() - start
@@ -78,7 +76,7 @@ def generate(args: argparse.Namespace) -> int:
             json.dumps(
                 {
                     "images": images,
-                    **pipe.describe(args.prompt, args.seed, settings),
+                    **result.told[0],
                     "warnings": result.warnings,
                     "seconds": round(seconds, 2),
                 }
@@ -134,14 +132,6 @@ def writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written: choose another output")
-
-
-def _settings(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    chosen = {key: getattr(args, key) for key in ("steps", "guidance", "width", "height")}
-    settings = {key: pipe.defaults[key] if value is None else value for key, value in chosen.items()}
-    if args.image is not None:
-        settings["strength"] = args.strength
-    return {**settings, "negative_prompt": args.negative}
 
 
 def load_pipeline(args: argparse.Namespace, draws_only: bool = False) -> Any:

@@ -25,7 +25,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from diffusionfm import __version__
 from diffusionfm.drawing import Pictures
 from diffusionfm.images import encode_png, prompt_in
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -215,23 +214,12 @@ def _refusing() -> Iterator[None]:
 def _answer(pipe: DiffusionFMPipeline, asked: Asked, pictures: Pictures) -> dict[str, Any]:
     request = asked.request
     found = pipe.settings(request.steps, request.guidance, request.height, request.width)
-    common = {
-        **found,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "model": pipe.model_name,
-        "version": __version__,
-    }
-    if request.loras:
-        common["lora"] = [f"{name}:{scale:g}" for name, scale in request.loras]
-    if request.start is not None:
-        common["strength"] = request.start.strength
     data, warnings = [], list(pictures.warnings)
-    for image, seed in zip(pictures.images, pictures.seeds, strict=True):
+    for image, seed, told in zip(pictures.images, pictures.seeds, pictures.told, strict=True):
         if asked.background == "transparent" and image.getchannel("A").getextrema() == (255, 255):
             warnings.append(f"the picture of seed {seed} came out without any transparency")
         shown = on_white(image) if asked.background == "opaque" else image
-        png = encode_png(shown, {**common, "seed": seed} if asked.metadata else None)
+        png = encode_png(shown, told if asked.metadata else None)
         data.append(
             {"b64_json": base64.b64encode(png).decode(), "seed": seed, "flagged": bool(pictures.flagged)}
         )

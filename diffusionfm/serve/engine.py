@@ -183,6 +183,14 @@ class Engine:
         flagged = self.safety.check(request.prompt)
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step, start)
+        settings = found if start is None else found | {"strength": start.strength}
+        worn = self.wardrobe.named(request.loras)
+        job.told = [
+            self.pipe.describe(
+                task.prompt, task.seed, settings | {"negative_prompt": request.negative_prompt}, worn
+            )
+            for task in tasks
+        ]
         job.flagged = flagged
         job.pictures = [Picture(job, task, turn=0.0) for task in tasks]
         return job
@@ -397,9 +405,8 @@ def _finish(pipe: DiffusionFMPipeline, job: Job, latents: Tensor) -> Pictures:
     tasks = [picture.task for picture in job.pictures]
     height, width, loras = job.group
     drawn = pipe.finish(latents, pipe.scale(height, width), job.start)
-    return Pictures(
-        drawn, [task.seed for task in tasks], pipe.advice(tasks, [name for name, _ in loras]), job.flagged
-    )
+    advice = pipe.advice(tasks, [name for name, _ in loras])
+    return Pictures(drawn, [task.seed for task in tasks], advice, job.told, job.flagged)
 
 
 def _preview(pipe: DiffusionFMPipeline, job: Job) -> Callable[[], list[Image.Image]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -96,7 +97,7 @@ class Picture:
 
 @dataclass(eq=False)
 class Job:
-    """A request under way, and the future that its pictures will settle."""
+    """A request under way, and the future that its pictures will settle. told: as of `Pictures`."""
 
     client: str
     guidance: float
@@ -106,6 +107,7 @@ class Job:
     start: Start | None = None
     future: Future[Pictures] = field(default_factory=Future)
     pictures: list[Picture] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)
     flagged: list[str] = field(default_factory=list)
     reported: int = 0
 

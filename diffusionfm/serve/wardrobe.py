@@ -19,7 +19,7 @@ MOST_PRIVATE = 16  # LoRAs added to a running engine
 class Wardrobe:
     """The LoRAs that a pipeline was loaded with: `wear` puts some to work, at any scale, and lets the others rest.
 
-    More may be added meanwhile: those are `private`, for whoever knows their names, and are never listed.
+    More may be added meanwhile: those are `private`, for whoever knows their names, NAME+SECRET, and are never listed.
     Raises ValueError for a DoRA that was loaded at scale 0: what it learned of magnitudes is lost by that.
     """
 
@@ -84,6 +84,10 @@ class Wardrobe:
                 raise ValueError(f"no LoRA {name!r} here: {', '.join(there) or 'none is registered'}")
             if not abs(scale) <= MAX_SCALE:
                 raise ValueError(f"a LoRA's scale must be from -4 to 4, got {scale}")
+
+    def named(self, loras: Loras) -> dict[str, float]:
+        """The scales by the names that pictures tell: of a private one what stands before its "+"."""
+        return {name.partition("+")[0] if name in self.private else name: scale for name, scale in loras}
 
     def wear(self, loras: Loras) -> None:
         """Have these LoRAs, and no others, at work."""
