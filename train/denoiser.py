@@ -18,7 +18,7 @@ from diffusionfm.data.training import (
     latent_dataset,
 )
 from diffusionfm.encoders import load_text, load_vae
-from diffusionfm.images import contact_sheet
+from diffusionfm.images import contact_sheet, in_common, save_png
 from diffusionfm.needs import make_missing, require
 from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline, build_pipeline
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> Path:
         run = Path(cfg.trainer.output_dir)
 
         def on_sample(step: int, networks: dict) -> None:
-            draw_grid(pipe, cfg.sample.prompts).save(run / "samples" / f"{step:07d}.png")
+            draw_grid(pipe, cfg.sample.prompts, run / "samples" / f"{step:07d}.png")
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.bf16):
@@ -125,10 +125,11 @@ def build_denoiser(cfg: DenoiserConfig, in_channels: int, text_dim: int) -> Any:
     return denoiser
 
 
-def draw_grid(pipe: DiffusionFMPipeline, prompts: list[str]):
-    """A labelled sheet: the first seed of each prompt, over a checkerboard."""
-    pictures = pipe(prompts, seed=0).images
-    return contact_sheet(pictures, labels=prompts, columns=min(len(prompts), 10))
+def draw_grid(pipe: DiffusionFMPipeline, prompts: list[str], file: Path) -> None:
+    """Write a labelled sheet, the first seed of each prompt over a checkerboard, which tells how it was made."""
+    drawn = pipe(prompts, seed=0)
+    sheet = contact_sheet(drawn.images, labels=prompts, columns=min(len(prompts), 10))
+    save_png(sheet, file, in_common(drawn.told))
 
 
 if __name__ == "__main__":

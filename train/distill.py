@@ -9,7 +9,7 @@ from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.order import Batches
 from diffusionfm.distill import Paths, Strides, collate_strides
-from diffusionfm.images import contact_sheet
+from diffusionfm.images import contact_sheet, in_common, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import Trainer, TrainerConfig
 
@@ -39,10 +39,9 @@ def main(argv: list[str] | None = None) -> Path:
         run = Path(cfg.trainer.output_dir)
 
         def on_sample(step: int, networks: dict) -> None:
-            pictures = pipe(cfg.prompts, seed=0, num_inference_steps=paths.strides, guidance_scale=1.0).images
-            contact_sheet(pictures, labels=cfg.prompts, columns=min(10, len(pictures))).save(
-                run / "samples" / f"{step:07d}.png"
-            )
+            drawn = pipe(cfg.prompts, seed=0, num_inference_steps=paths.strides, guidance_scale=1.0)
+            sheet = contact_sheet(drawn.images, labels=cfg.prompts, columns=min(10, len(drawn.images)))
+            save_png(sheet, run / "samples" / f"{step:07d}.png", in_common(drawn.told))
 
         trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample)
         pipe.vae.to(trainer.device)
