@@ -190,7 +190,7 @@ def read_parameters(path: str | os.PathLike[str] | BinaryIO) -> dict[str, Any]:
         if isinstance(found, dict):
             return _known(found)
     text = info.get("parameters")
-    return _known(parse_a1111(text)) if isinstance(text, str) and len(text) <= MAX_TEXT else {}
+    return parse_a1111(text) if isinstance(text, str) and len(text) <= MAX_TEXT else {}
 
 
 def prompt_in(data: bytes) -> str:
@@ -202,11 +202,20 @@ def prompt_in(data: bytes) -> str:
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: found[key]
-        for key, kind in PARAMETERS.items()
-        if isinstance(found.get(key), kind) and not isinstance(found[key], bool)
-    }
+    """What has a name of ours and a value of its type, without text that cannot be sent on."""
+    known = {}
+    for key, kind in PARAMETERS.items():
+        value = found.get(key)
+        if isinstance(value, list):
+            value = [one for one in value if _is_whole(one)]
+        if isinstance(value, kind) and not isinstance(value, bool) and _is_whole(value):
+            known[key] = value
+    return known
+
+
+def _is_whole(value: Any) -> bool:
+    """False for text with a half of a surrogate pair, which UTF-8 does not have."""
+    return not (isinstance(value, str) and re.search(r"[\ud800-\udfff]", value))
 
 
 def _clean(text: str) -> str:
@@ -232,7 +241,7 @@ def parse_a1111(text: str) -> dict[str, Any]:
     """The inverse of `format_a1111` as far as it goes; text that is not in that form is taken as a prompt."""
     *lines, last = text.strip().split("\n")
     if not re.match(r"\s*Steps: \d", last):
-        return {"prompt": text.strip()}
+        return _known({"prompt": text.strip()})
     found: dict[str, Any] = {}
     for word, (key, kind) in _A1111.items():
         match = re.search(rf"(?:^|, ){word}: ([^,]{{1,100}})", last)
@@ -252,7 +261,7 @@ def parse_a1111(text: str) -> dict[str, Any]:
     found["prompt"] = prompt
     if negative:
         found["negative_prompt"] = negative
-    return found
+    return _known(found)
 
 
 # ------------------------------------------------------------------ looking at pictures

@@ -134,6 +134,14 @@ def _with_text(value: str) -> io.BytesIO:
 def test_metadata_of_a_stranger_is_checked():
     odd = {"prompt": ["x"], "seed": True, "steps": "5", "guidance": 3, "__class__": "y"}
     assert read_parameters(_with_text(json.dumps(odd))) == {"guidance": 3}
+    halves = {"prompt": "\ud800", "model": "tiny", "lora": ["a\udfff", "rings:1", 7]}
+    assert read_parameters(_with_text(json.dumps(halves))) == {"model": "tiny", "lora": ["rings:1", 7]}
+    assert parse_a1111('a\nSteps: 5, Lora: "\\ud800, rings:1"') == {
+        "steps": 5,
+        "lora": ["rings:1"],
+        "prompt": "a",
+    }
+    assert parse_a1111("\ud800") == {}
     assert read_parameters(_with_text("[" * 100_000)) == {}
     assert read_parameters(_with_text("{")) == {}
     with pytest.raises(ValueError):
