@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -15,9 +14,9 @@ from typing import Any
 
 from diffusionfm.batch.jobs import Job, Run, content_of, key_of
 from diffusionfm.images import TEMPORARY, sync_folder
+from diffusionfm.locks import locked as locked  # where a batch looks for it
 
 MANIFEST = "manifest.jsonl"
-LOCK = ".lock"
 MADE_OF = ("prompt", "seed", "settings", "output", "made_by")  # what two runs in one folder must agree on
 OK, FAILED, DROPPED = 0, 1, 2  # what a record says; dropped: it holds no more, and will leave the file
 
@@ -25,11 +24,12 @@ OK, FAILED, DROPPED = 0, 1, 2  # what a record says; dropped: it holds no more, 
 class Manifest:
     """The records of a folder: which pictures are finished, which failed, and where new records go.
 
-    has(file): whether the file of a finished picture is still there; a picture that is gone is drawn again. A last line
-    without its newline was never finished and counts for nothing. ValueError when another line is damaged.
+    has(file): whether the file of a finished picture is still there; a picture that is gone is drawn again. to: where
+    the run's pictures go, None for one that adds none. A last line without its newline was never finished and counts
+    for nothing. ValueError when another line is damaged, and when finished pictures went elsewhere.
     """
 
-    def __init__(self, out: Path, has: Callable[[str], bool]):
+    def __init__(self, out: Path, has: Callable[[str], bool], to: str | None = None):
         self.path = out / MANIFEST
         self.failures: Counter[str] = Counter()  # by kind, of all that failed and was not taken up again
         self.in_file: Counter[str] = (
@@ -39,6 +39,8 @@ class Manifest:
         keys, contents, states = array("Q"), array("Q"), array("B")
         for record in self.records():
             ok = record["status"] == "ok"
+            if ok and to is not None:
+                self._check_place(record, to)
             gone = ok and not has(record["file"])
             if record.get("member") and not gone:
                 self.in_file[record["file"]] += 1
@@ -48,6 +50,15 @@ class Manifest:
             contents.append(content_of(*(record[name] for name in MADE_OF)))
             states.append(DROPPED if gone else OK if ok else FAILED)
         self._sort(keys, contents, states)
+
+    def _check_place(self, record: dict[str, Any], to: str) -> None:
+        """Refuse a run whose pictures go elsewhere: it would look for those on record where they cannot be."""
+        then = record["output"]["to"]
+        if then != to:
+            raise ValueError(
+                f"{self.path.parent} already holds row {record['id']!r} with to {then!r}, now {to!r}: "
+                f"go on with --to {then}, or use a new --out folder"
+            )
 
     def _sort(self, keys: array[int], contents: array[int], states: array[int]) -> None:
         import numpy as np
@@ -162,20 +173,3 @@ class Manifest:
 def encode(record: dict[str, Any]) -> bytes:
     """A record's line."""
     return json.dumps(record, ensure_ascii=True, default=str).encode() + b"\n"
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock file; a second process gets ValueError. A killed process frees it."""
-    handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is writing to {out}: wait for it, or use another --out"
-            ) from error
-        yield
-        sync_folder(out)
-    finally:
-        os.close(handle)
