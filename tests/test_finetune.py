@@ -183,6 +183,22 @@ def test_another_run_in_the_same_folder_is_refused(made, pictures, tiny_model, t
     assert contents(out) == before
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(pictures, tiny_model, tmp_path):
+    """It would remove the checkpoints and metrics that the first writes."""
+    out, refused = tmp_path / "style", []
+
+    def again(step, *_):
+        before = contents(out)
+        with pytest.raises(ValueError, match="another process is writing to .*style: wait for it, or use"):
+            finetune(pictures, out, model=tiny_model, **SHORT)
+        refused.append(contents(out) == before)
+
+    finetune(pictures, out, model=tiny_model, progress=again, **SHORT | {"steps": 2})
+    assert refused == [True, True] and [line["step"] for line in lines(out)] == [1, 2]
+    finetune(pictures, out, model=tiny_model, **SHORT)
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("lr, error", [(1e-30, "changes nothing after"), (float("nan"), "lr must be")])
 def test_an_adapter_that_does_nothing(lr, error, pictures, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=error):

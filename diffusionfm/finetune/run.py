@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusionfm.checkpoint import write_json
+from diffusionfm.checkpoint import write_json, writing
 from diffusionfm.checks import check_model, read_defaults, read_json
 from diffusionfm.data.archive import as_folder
 from diffusionfm.data.captions import TRIGGER
@@ -33,6 +34,7 @@ from diffusionfm.finetune.settings import (
     check_settings,
     load_preset,
 )
+from diffusionfm.locks import LOCK, locked
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import Trainer
 
@@ -122,15 +124,41 @@ def run(cfg: FinetuneConfig, progress: Progress | None = None, say: Say = print,
     """Fine-tune as a config says; see `finetune`. bar: whether a progress bar is shown.
 
     Raises ValueError, before anything is written, for settings out of range, a folder without usable pictures
-    and captions, and an output folder that holds anything but the same run; and TrainingDiverged.
+    and captions, and an output folder that holds anything but the same run, or that another process writes; and
+    TrainingDiverged.
     """
     out = Path(cfg.trainer.output_dir)
-    if os.environ.get("RANK", "0") != "0":
-        say = lambda text: None  # noqa: E731, the first rank speaks for all
+    first = os.environ.get("RANK", "0") == "0"  # of many ranks: it speaks and holds the folder for all
     check_settings(cfg)
     source = check_model(cfg.model)
+    check_out(out, Path(cfg.data))
+    with _alone(out) if first else nullcontext():
+        return _run(cfg, out, source, progress, say if first else lambda text: None, bar)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the run folder, made where it is missing; a run that is refused leaves none."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
+                with suppress(OSError):  # somebody else has put something there
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+
+def _run(
+    cfg: FinetuneConfig, out: Path, source: Path, progress: Progress | None, say: Say, bar: bool
+) -> Path:
+    """`run`, once the settings are known to be fit and the folder is held."""
     with as_folder(cfg.data) as folder:
-        check_out(out, Path(cfg.data))
         size = read_defaults(source)["height"]
         report, found = pictures.look_through(folder, size, cfg.captions, cfg.data, say)
         dataset = PictureDataset(report, found, size, cfg.captions)

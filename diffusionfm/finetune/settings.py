@@ -12,6 +12,7 @@ from diffusionfm.checks import check_prompt, check_seed, read_json
 from diffusionfm.config import load_config
 from diffusionfm.data.captions import CHOICES, TRIGGER
 from diffusionfm.devices import pick_device
+from diffusionfm.locks import LOCK
 from diffusionfm.settings import TrainerConfig
 
 METHODS = ("lora", "dora", "full")
@@ -152,7 +153,7 @@ def check_out(out: Path, data: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if RECORD not in held and held - {PREFLIGHT, SHEET}:
+    if RECORD not in held and held - {PREFLIGHT, SHEET, LOCK}:
         raise ValueError(f"{out} holds other files: choose a new or an empty folder as --out")
     parent = next(folder for folder in (ours, *ours.parents) if folder.exists())
     if not parent.is_dir():
