@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from diffusionfm.batch import plan_batch
 from diffusionfm.batch.jobs import seed_of
 from diffusionfm.batch.manifest import Manifest, locked
 from diffusionfm.batch.stores import ShardStore
@@ -68,6 +69,67 @@ def test_another_run_in_the_folder_is_refused(tiny_pipe, tmp_path):
     with pytest.raises(ValueError, match="line 1 is damaged"):
         make(PROMPTS[:1], tiny_pipe, tmp_path)
     assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ENDS)
+def test_a_forgotten_to_is_refused_and_no_record_is_lost(tiny_pipe, tmp_path, to, monkeypatch):
+    with monkeypatch.context() as patch:  # stopped before the first shard was full
+        patch.setattr(ShardStore, "close", lambda store: store.file and store.file.close())
+        make(PROMPTS, tiny_pipe, tmp_path, to=to)
+    if to == "folder":
+        (tmp_path / "row-0.png").unlink()
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    for other in set(ENDS) - {to}:
+        with pytest.raises(ValueError, match=f"with to '{to}', now '{other}': go on with --to {to}"):
+            make(PROMPTS, tiny_pipe, tmp_path, to=other)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+    summary = make(PROMPTS, tiny_pipe, tmp_path, to=to)
+    assert (summary.made, summary.skipped) == ((1, 4) if to == "folder" else (0, 5))
+    check(tmp_path, 5)
+
+
+@pytest.mark.parametrize("to", ["webdataset", "parquet"])
+def test_a_run_goes_on_with_smaller_shards(tiny_pipe, tmp_path, to, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardStore, "close", lambda store: store.file.close())
+        make(PROMPTS[:4], tiny_pipe, tmp_path, to=to, samples_per_shard=5)
+    assert make(PROMPTS, tiny_pipe, tmp_path, to=to, samples_per_shard=2).made == 1
+    members = [record["member"] for record in check(tmp_path, 5)]
+    assert [member[:9] for member in members] == [*(f"00000000{k}" for k in range(4)), "000010000"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cat.png", {}),
+        ("report.json", {}),
+        ("sheets/1.png", {}),
+        ("00001.tar", {"to": "webdataset"}),
+        ("00000.tar.part", {"to": "parquet"}),
+        ("00000.parquet", {"to": "webdataset"}),
+    ],
+)
+def test_a_folder_with_files_of_somebody_is_left_as_it_is(tiny_pipe, tmp_path, name, options):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine as well")
+    for ask in (make, plan_batch):
+        with pytest.raises(
+            ValueError, match=f"holds {mine.relative_to(tmp_path).parts[0]}, which is not of a"
+        ):
+            ask([{"id": "cat", "prompt": "a cat"}], tiny_pipe, tmp_path, **options)
+    assert {p.name for p in tmp_path.iterdir()} == {"notes.txt", mine.relative_to(tmp_path).parts[0]}
+    assert mine.read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_fine(tiny_pipe, tmp_path):
+    others = [tmp_path / name for name in ("rows.txt", "photo.jpg", "shard.tar", "2024.parquet")]
+    for other in others:
+        other.write_text("mine")
+    assert make(PROMPTS, tiny_pipe, tmp_path, to="webdataset").made == 5
+    assert make(PROMPTS, tiny_pipe, tmp_path, to="webdataset").skipped == 5
+    assert {other.read_text() for other in others} == {"mine"}
 
 
 def test_one_bad_row_among_a_thousand(tiny_pipe, tmp_path):

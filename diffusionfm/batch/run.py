@@ -92,7 +92,7 @@ class Batch:
         """Every job with the state of its record, once each was held against the manifest and before any is drawn.
 
         ValueError for a finished picture that is now asked for otherwise, and for an id in `only` that no row has."""
-        self.manifest = Manifest(self.out, self.store.has)
+        self.manifest = Manifest(self.out, self.store.has, self.options.to)
         missing = set(self.run.only)
         unread = lru_cache(WORDS)(partial(self.pipe.unread, loras=self.pipe.loras))
         for job in self.run.jobs(self.rows):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from diffusionfm.batch.manifest import MANIFEST
+from diffusionfm.batch.report import REPORT, SHEETS
 from diffusionfm.images import TEMPORARY, sync_folder, write_atomic
 
 STORES = ("folder", "webdataset", "parquet")
@@ -54,16 +56,31 @@ class Store(Protocol):
 
 
 def open_store(kind: str, out: Path, suffix: str, samples: int) -> Store:
-    """The store of a kind in `out`. ValueError for a kind that there is not, and for SVG in anything but a folder."""
+    """The store of a kind in `out`. ValueError for a kind that there is not, for SVG in anything but a folder, and for
+    a folder with somebody's files where the batch would write its own."""
     if kind not in STORES:
         raise ValueError(f"unknown output {kind!r}: use {', '.join(STORES)}")
     if not SAMPLES[0] <= samples <= SAMPLES[1]:
         raise ValueError(f"a shard holds from {SAMPLES[0]} to {SAMPLES[1]:,} pictures, got {samples}")
     if kind == "folder":
+        _refuse_foreign(out, [f"*{suffix}"])
         return FolderStore(out)
     if suffix == ".svg":
         raise ValueError(f"SVG goes to a folder, not to {kind}: its readers know pixels; take PNG or WebP")
+    names = [f"{'[0-9]' * 5}{end}" for end in (".tar", ".parquet", "_stats.json")]
+    _refuse_foreign(out, [*names, f"[0-9]*.tar{GROWING}"])
     return (ShardStore if kind == "webdataset" else ParquetStore)(out, samples)
+
+
+def _refuse_foreign(out: Path, names: Sequence[str]) -> None:
+    """ValueError where a folder has no manifest, and yet files of a batch's names: those are not ours to replace."""
+    found = (file for name in (*names, REPORT, SHEETS) for file in out.glob(name))
+    first = next(found, None)
+    if first is not None and not (out / MANIFEST).exists():
+        raise ValueError(
+            f"{out} holds {first.name}, which is not of a batch ({MANIFEST} is not there) and could be overwritten: "
+            "use a new --out folder"
+        )
 
 
 class FolderStore:
@@ -166,7 +183,7 @@ class ShardStore:
         sync_folder(self.out)
 
     def room(self) -> int:
-        if self.index == self.samples:
+        if self.index >= self.samples:  # more where an earlier run made larger shards
             self._finish()
         return self.samples - self.index
 
