@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from diffusionfm.batch.jobs import Run, groups, seed_of
-from diffusionfm.batch.phrases import FLAGS, Wildcards
+from diffusionfm.batch.phrases import FLAGS, MAX_LINE, Wildcards, parse_line
 from diffusionfm.batch.readers import Row
 from diffusionfm.batch.rows import Rows, file_stem
 
@@ -21,7 +21,8 @@ SETTINGS = {"steps": 3, "guidance": 3.0, "width": 32, "height": 32, "negative_pr
 
 
 def jobs(rows, wildcards=None, seed=0, repeats=1):
-    return list(Run(seed, SETTINGS, {}, {}, repeats).jobs(Rows(rows, wildcards)))
+    rows = rows if isinstance(rows, Rows) else Rows(rows, wildcards)
+    return list(Run(seed, SETTINGS, {}, {}, repeats).jobs(rows))
 
 
 # ------------------------------------------------------------------ formats
@@ -135,6 +136,27 @@ def test_a_prompt_of_a_megabyte_is_one_broken_row(tmp_path):
         assert fish.error is None and len(big.stem) < 120
 
 
+@pytest.mark.parametrize("name", ["a.txt", "-"])
+def test_a_line_of_a_megabyte_is_one_broken_row(tmp_path, monkeypatch, name):
+    longest = "a" + " " * (MAX_LINE - 2) + "b"
+    text = "\n".join(["a" + " " * 2**20 + "b", "x --" * 2**18, longest, f"{longest} ", "fish --s 3"])
+    if name == "-":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    else:
+        name = tmp_path / name
+        name.write_text(text)
+    spaces, flags, whole, also, fish = jobs(Rows(name))
+    assert "the line has 1,048,578 characters: shorten it to 21,000" in spaces.error
+    assert "1,048,576 characters" in flags.error
+    assert "prompt has 21,000 characters" in whole.error and whole.error == also.error
+    assert fish.error is None and fish.settings["steps"] == 3
+
+
+def test_flags_stand_after_any_space():
+    for line in ("a fish \t  --w 64 --n no birds ", "a fish --n no birds\u3000--w 64"):
+        assert parse_line(line) == {"prompt": "a fish", "width": "64", "negative_prompt": "no birds"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -192,6 +214,16 @@ def test_file_names_are_safe_and_distinct():
     stems = [file_stem(i, r) for i in ids for r in (0, 1)]
     assert len(set(stems)) == len(stems)
     assert not any("/" in s or s.startswith(".") or len(s) > 120 for s in stems)
+    assert (file_stem("cat.2_b", 0), file_stem("cat.2_b", 3)) == ("cat.2_b", "cat.2_b~3")
+    assert re.fullmatch(r"a-b\+[0-9a-f]{20}", file_stem("a/b", 0))
+
+
+def test_the_rows_given_are_not_written_out():
+    class Untold(list):
+        def __repr__(self):
+            raise AssertionError("a million rows in one text")
+
+    assert len(Rows(Untold(["fish", "cat"]))) == 2
 
 
 # ------------------------------------------------------------------ matrices and wildcards

@@ -13,6 +13,7 @@ from pathlib import Path
 from diffusionfm.checks import PROMPT_LENGTH
 
 MAX_PROMPTS = 10_000  # that one row's matrix may make
+MAX_LINE = 2 * PROMPT_LENGTH + 1000  # characters: a prompt, a negative prompt, and flags
 MAX_FILLS = 100  # wildcards in one prompt, those that wildcards bring along included
 FLAGS = {
     "w": "width",
@@ -30,9 +31,12 @@ _WILDCARD = re.compile(r"(?<!\\)__([A-Za-z0-9]+(?:[_/-][A-Za-z0-9]+)*)__")
 def parse_line(line: str) -> dict[str, str]:
     """A line of a txt file, "a red apple --w 64 --n blurry", as {"prompt": ..., "width": "64", ...}.
 
-    The flags are those of other trainers' prompt files. ValueError for an unknown one and for one without a value.
+    The flags are those of other trainers' prompt files. ValueError for an unknown one, for one without a value, and for
+    a line too long to hold a prompt.
     """
-    prompt, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line)
+    if len(line) > MAX_LINE:
+        raise ValueError(f"the line has {len(line):,} characters: shorten it to {MAX_LINE:,} or fewer")
+    prompt, *parts = re.split(r"(?<!\S)--(?=[A-Za-z])", line)
     found = {"prompt": prompt.strip()}
     for part in parts:
         word, _, value = part.strip().partition(" ")

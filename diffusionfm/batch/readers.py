@@ -215,6 +215,6 @@ def _broken(row_id: Any, name: str, error: str) -> Row:
     return Row(row_id, error=error)
 
 
-def digest(text: str) -> str:
-    """Ten hex digits that stand for a text, for ids and names of files."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+def digest(text: str, digits: int = 10) -> str:
+    """Hex digits that stand for a text, for ids and names of files."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:digits]

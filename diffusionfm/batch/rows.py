@@ -33,7 +33,9 @@ class Rows:
     def __init__(self, source: Source, wildcards: Wildcards | None = None, most: int | None = None):
         self.wildcards = wildcards or Wildcards()
         self.source = list(source) if isinstance(source, Iterator) else source
-        self.stdin = spooled_stdin() if str(source) == "-" else None
+        self.stdin = (
+            spooled_stdin() if isinstance(source, (str, os.PathLike)) and str(source) == "-" else None
+        )
         self._count = 0
         self._repeated: set[int] = set()  # of ids made of content, those that rows share
         self._check(most)
@@ -131,7 +133,7 @@ def file_stem(row_id: str, repeat: int) -> str:
     """A safe file name for picture `repeat` of a row; no two (id, repeat) share one."""
     name = row_id
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", row_id):
-        name = f"{_slug(row_id)}+{digest(row_id)}"
+        name = f"{_slug(row_id)}+{digest(row_id, 20)}"  # two of a million are equal once in 10**12 batches
     return name if repeat == 0 else f"{name}~{repeat}"
 
 
