@@ -16,7 +16,7 @@ from diffusionfm.cli import main
 from diffusionfm.config import load_config
 from diffusionfm.data.folder import pack_folder
 from diffusionfm.finetune import RECORD, FinetuneConfig, configure, finetune, run
-from diffusionfm.finetune.methods import build
+from diffusionfm.finetune.methods import Adapting, build
 from diffusionfm.finetune.pictures import hold_out
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import TrainingDiverged
@@ -126,6 +126,14 @@ def test_resumed_twice_equals_uninterrupted(pictures, tiny_model, tmp_path):
     assert records[0] == records[1] and records[0]["ended"]["step"] == 6
 
 
+def test_a_run_asked_for_fewer_steps_than_it_took_says_so(made, pictures, tiny_model, tmp_path):
+    out, said = shutil.copytree(made[0], tmp_path / "style"), []
+    assert "it took all 4 steps; the report is" in made[1][-1]
+    finetune(pictures, out, model=tiny_model, say=said.append, **SHORT | {"steps": 2})
+    assert "it had taken 4 steps before, more than the 2 asked for now; the report is" in said[-1]
+    assert "It had taken 4 steps before" in (out / "report.html").read_text()
+
+
 def test_it_learns(pictures, tiny_model, tmp_path):
     settings = SHORT | {"steps": 60, "batch_size": 16, "sample_every": 0, "lr": 0.01, "rank": 8}
     last = lines(finetune(pictures, tmp_path / "style", model=tiny_model, **settings))[-1]
@@ -150,6 +158,13 @@ def test_hold_out_follows_the_shards_or_takes_a_tenth():
     assert hold_out(samples[:9], seed=0) == (samples[:9], [])
     samples[3]["heldout"] = True
     assert hold_out(samples, seed=0)[1] == [samples[3]]
+
+
+def test_every_picture_of_a_large_set_is_trained_on_or_held_out():
+    samples = [{"key": str(k), "heldout": False} for k in range(2000)]
+    train, held = hold_out(samples, seed=0)
+    assert (len(train), len(held)) == (1936, 64)
+    assert sorted(int(sample["key"]) for sample in train + held) == list(range(2000))
 
 
 def test_captions_from_file_names(tiny_model, tmp_path):
@@ -205,12 +220,24 @@ def test_an_adapter_that_does_nothing(lr, error, pictures, tiny_model, tmp_path)
         finetune(pictures, tmp_path / "style", model=tiny_model, **SHORT | {"lr": lr, "steps": 1})
 
 
-def test_nan_stops_and_names_the_pictures(pictures, tiny_model, tmp_path):
-    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
-    pipe.transformer.patch_out.bias.data[0] = 3e38  # a number still, or the model would not load
-    pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises((TrainingDiverged, FloatingPointError), match="finite|loss (nan|inf)"):
-        finetune(pictures, tmp_path / "style", model=tmp_path / "model", **SHORT)
+def test_nan_stops_names_the_pictures_and_says_what_can_be_done(pictures, tiny_model, tmp_path, monkeypatch):
+    """One picture spoils the batches it is in; what the message advises is then taken."""
+    ends = Adapting.ends
+
+    def spoiled(self, batch, x0, *more):
+        x0, noise = ends(self, batch, x0, *more)
+        bad = torch.tensor([key == "circle 03.jpg" for key in batch["key"]]).reshape(-1, 1, 1, 1)
+        return torch.where(bad, torch.nan, x0), noise
+
+    out, calls = tmp_path / "style", []
+    with monkeypatch.context() as patch, pytest.raises(TrainingDiverged) as caught:
+        patch.setattr(Adapting, "ends", spoiled)
+        finetune(pictures, out, model=tiny_model, progress=lambda *a: calls.append(a), **SHORT)
+    words = str(caught.value)
+    assert f"loss nan, gradient norm nan at step {calls[-1][0]}" in words and "circle 03.jpg" in words
+    assert words.count("circle") == SHORT["batch_size"] and "trainer.lr" not in words
+    assert words.endswith("take a lower --lr and a new --out")
+    finetune(pictures, tmp_path / "lower", model=tiny_model, **SHORT | {"lr": 5e-4})
 
 
 def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_path, capsys):

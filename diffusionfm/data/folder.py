@@ -41,7 +41,7 @@ class PictureDataset:
         if captions == "refuse" and report.missing:
             raise ValueError(
                 f"{len(report.missing)} of {report.found} pictures in {report.folder} have no caption "
-                f"({_some(report.missing)}); write NAME.txt beside each, or choose captions skip, name, "
+                f"({some(report.missing)}); write NAME.txt beside each, or choose captions skip, name, "
                 "folder or trigger"
             )
         self.report = report
@@ -50,7 +50,7 @@ class PictureDataset:
         if not self.pictures:
             wrong = [f"{name}: {reason}" for name, reason in report.unreadable] + report.missing
             raise ValueError(
-                f"{report.folder} has no usable picture with a caption ({_some(wrong) or 'no pictures'}); "
+                f"{report.folder} has no usable picture with a caption ({some(wrong) or 'no pictures'}); "
                 "put .png, .jpg or .webp files there, and captions beside them"
             )
 
@@ -269,5 +269,6 @@ def _member_name(dataset: ShardDataset, i: int) -> str:
     return f"{dataset.key(i)}.{next(kind for kind in PICTURES if kind in dataset.members(i))}"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

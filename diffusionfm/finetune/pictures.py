@@ -139,10 +139,10 @@ def to_latents(pipe: DiffusionFMPipeline, pictures: Sequence[Tensor]) -> Tensor:
 
 
 def hold_out(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(to train on, held out): what the data hold out, else 10 % of 10 or more pictures, 64 at most."""
+    """(to train on, held out): the first 64 that the data hold out, else 10 % of 10 or more pictures, 64 at most."""
     chosen = [i for i, sample in enumerate(samples) if sample["heldout"]]
     if not chosen or len(chosen) == len(samples):
-        chosen = Order(len(samples), seed).epoch(0)[: len(samples) // 10].tolist()
+        chosen = Order(len(samples), seed).epoch(0)[: min(len(samples) // 10, MAX_HELD_OUT)].tolist()
     kept = sorted(set(range(len(samples))) - set(chosen))
     return [samples[i] for i in kept], [samples[i] for i in sorted(chosen)[:MAX_HELD_OUT]]
 

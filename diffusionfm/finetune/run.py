@@ -16,7 +16,7 @@ from diffusionfm.checkpoint import write_json, writing
 from diffusionfm.checks import check_model, read_defaults, read_json
 from diffusionfm.data.archive import as_folder
 from diffusionfm.data.captions import TRIGGER
-from diffusionfm.data.folder import PictureDataset, first_samples
+from diffusionfm.data.folder import PictureDataset, first_samples, some
 from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
@@ -36,7 +36,7 @@ from diffusionfm.finetune.settings import (
 )
 from diffusionfm.locks import LOCK, locked
 from diffusionfm.pipeline import DiffusionFMPipeline
-from diffusionfm.trainer import Trainer
+from diffusionfm.trainer import Trainer, TrainingDiverged
 
 Progress = Callable[[int, int, float], object]  # (step, steps, loss); True stops after that step
 FULL_LR = 0.1  # of a preset's learning rate, when all weights are trained
@@ -266,7 +266,7 @@ class Session:
         write_json(self.out / RECORD, {**self.known, "pictures": self.count, "held_out": held, **more})
 
     def train(self, progress: Progress | None) -> None:
-        """Train to the end, or to where `progress` or a signal stops it."""
+        """Train to the end, or to where `progress` or a signal stops it. TrainingDiverged names the pictures."""
         if progress is not None:
 
             def report(module: nn.Module, args: tuple, output: tuple[Tensor, Any]) -> None:
@@ -275,7 +275,21 @@ class Session:
                     self.trainer.stop()
 
             self.objective.register_forward_hook(report)
-        self.trainer.fit()
+        try:
+            self.trainer.fit()
+        except TrainingDiverged as error:
+            if not self.main:
+                raise
+            raise TrainingDiverged(self._diverged()) from error
+
+    def _diverged(self) -> str:
+        """What went wrong, with which pictures, and what a fine-tuning can do about it."""
+        file = self.out / "diverged.json"
+        told = read_json(file)
+        return (
+            f"{told['what']} at step {told['step']}, with {some(told['key'])} (all are named in {file}): look at "
+            "these pictures and their captions, or take a lower --lr and a new --out"
+        )
 
     @property
     def complete(self) -> bool:
@@ -286,9 +300,11 @@ class Session:
         """The sheet of the best step, the record of the end, report.html, and the verdict, said."""
         steps, patience = _length(self.cfg)
         early, step = bool(self.judge.stopped), self.trainer.step
-        why = (
-            f"stopped at step {step} of {steps}: {self.judge.stopped}" if early else f"took all {steps} steps"
-        )
+        why = f"took all {steps} steps"
+        if early:
+            why = f"stopped at step {step} of {steps}: {self.judge.stopped}"
+        elif step > steps:
+            why = f"had taken {step} steps before, more than the {steps} asked for now"
         found, held_out = outcome(self.out), bool(self.held_out)
         ended = {"why": why, "early": early, "step": step, "steps": steps, "patience": patience}
         self._record(ended=ended, results=found.numbers())
