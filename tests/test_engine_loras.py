@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import Gate, all_near, near, write_lora
@@ -10,6 +11,7 @@ from serving import Gate, all_near, near, write_lora
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, Request
+from diffusionfm.serve.wardrobe import Wardrobe
 
 
 def test_requests_with_other_loras_take_calls_in_turn(tiny_model, tiny_pipe, tmp_path):
@@ -66,6 +68,7 @@ def test_a_lora_added_while_others_draw_is_the_one_loaded_before(
     bare = tiny_pipe("a red apple", seed=1, num_inference_steps=5).images[0]
     assert not near(expected[3], bare)
     monkeypatch.setattr("diffusionfm.serve.wardrobe.MOST_PRIVATE", 2)
+    monkeypatch.setattr("diffusionfm.serve.wardrobe.GRACE", -1.0)
     pipe = DiffusionFMPipeline.from_pretrained(tiny_model, dtype="float32")
     pipe.load_lora(folders[0])
     gate = Gate()
@@ -81,8 +84,8 @@ def test_a_lora_added_while_others_draw_is_the_one_loaded_before(
         assert near(first.result(60).images[0], bare)
         engine.add_lora(folders[1], "p1+s")  # again: nothing but used last
         engine.add_lora(folders[3], "p3+s")
-        assert engine.wardrobe.private == ["p1+s", "p3+s"] and list(pipe.loras) == ["l0"]
-        with pytest.raises(ValueError, match="no LoRA 'p2\\+s' here: l0$"):
+        assert [*engine.wardrobe.private] == ["p1+s", "p3+s"] and list(pipe.loras) == ["l0"]
+        with pytest.raises(ValueError, match="no LoRA 'p2' here: l0$"):
             engine.submit(Request("x", loras=(("p2+s", 1.0),)))
         for name, k in (("p1+s", 1), ("l0", 0), ("p3+s", 3), ("p1+s", 1)):
             drawn = engine.submit(Request("a red apple", seed=1, steps=5, loras=((name, 1.0),))).result(60)
@@ -93,3 +96,62 @@ def test_a_lora_added_while_others_draw_is_the_one_loaded_before(
             engine.add_lora(tmp_path / "nowhere", "p9")
     with pytest.raises(Closed):
         engine.add_lora(folders[2], "p2")
+
+
+def test_requests_are_taken_while_a_lora_is_added(tiny_model, tmp_path, monkeypatch):
+    adding, opened = threading.Event(), threading.Event()
+
+    def slowly(*_):
+        adding.set()
+        assert opened.wait(60)
+
+    monkeypatch.setattr(Wardrobe, "add", slowly)
+    with Engine(DiffusionFMPipeline.from_pretrained(tiny_model)) as engine, ThreadPoolExecutor() as pool:
+        added = pool.submit(engine.add_lora, tmp_path, "p+s")
+        assert adding.wait(60)
+        asked = pool.submit(engine.submit, Request("fish", steps=1))
+        waiting = pool.submit(lambda: engine.waiting)
+        try:
+            drawn = asked.result(10)
+            assert waiting.result(10) <= 1
+        finally:
+            opened.set()
+        assert added.result(60) is None and drawn.result(60).images
+
+
+@pytest.fixture
+def wardrobe(tiny_model, tmp_path, monkeypatch):
+    """One with a public LoRA whose name has a "+"; adding reads no file."""
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    pipe.load_lora(write_lora(tiny_model, tmp_path / "a+b", 1))
+    for name in ("check_lora", "check_base", "add_lora"):
+        monkeypatch.setattr(f"diffusionfm.serve.wardrobe.{name}", lambda *_: None)
+    return Wardrobe(pipe)
+
+
+def test_private_loras_stay_for_who_has_just_asked_for_them(wardrobe, tmp_path, monkeypatch):
+    names = [f"p{k}+s" for k in range(24)]  # two grids of twelve
+    for name in names:
+        wardrobe.add(tmp_path, name)
+    wardrobe.check(tuple((name, 1.0) for name in names))
+    monkeypatch.setattr("diffusionfm.serve.wardrobe.GRACE", -1.0)
+    wardrobe.add(tmp_path, names[0])  # again: used last
+    wardrobe.add(tmp_path, "new+s", in_use=[names[1]])
+    assert [*wardrobe.private] == [names[0], names[1], *names[11:], "new+s"]
+    wardrobe.wear(((names[11], 1.0),))
+    with pytest.raises(ValueError, match="'p2' is no longer here"):
+        wardrobe.wear(((names[2], 1.0),))
+
+
+def test_as_many_private_loras_are_kept_as_there_may_be(wardrobe, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusionfm.serve.wardrobe.GRACE", -1.0)
+    for k in range(17):
+        wardrobe.add(tmp_path, f"p{k}+s")
+    assert [*wardrobe.private] == [f"p{k}+s" for k in range(1, 17)]
+
+
+def test_a_secret_is_never_told_not_even_while_loras_come_and_go(wardrobe):
+    asked = (("a+b", 1.0), ("p+secret", 0.5))
+    assert wardrobe.named(asked) == {"a+b": 1.0, "p": 0.5}  # whether or not the second is there
+    with pytest.raises(ValueError, match=r"no LoRA 'p' here: a\+b$"):
+        wardrobe.check(asked)

@@ -99,11 +99,14 @@ class Engine:
     def add_lora(self, source: Path, name: str) -> None:
         """Have a LoRA that only requests can use which know its `name`; waits until it is there.
 
-        The oldest such goes when there are too many. Raises ValueError as `load_lora`, and Closed."""
+        Submit within `wardrobe.GRACE` seconds: later the oldest goes when there are too many.
+        Raises ValueError as `load_lora`, and Closed."""
         done: Future[None] = Future()
 
         def add() -> None:
-            self.wardrobe.add(source, name, {lora for job in self._jobs for lora, _ in job.group[2]})
+            with self._changed:
+                in_use = {lora for job in self._jobs for lora, _ in job.group[2]}
+            self.wardrobe.add(source, name, in_use)
 
         with self._changed:
             if self._closing:
@@ -240,9 +243,11 @@ class Engine:
 
     def _next(self) -> list[Picture]:
         """The pictures of the next call; waits for some, and gives none when it is time to stop."""
-        with self._changed:
-            while True:
-                self._run_errands()
+        while True:
+            self._run_errands()
+            with self._changed:
+                if self._errands:
+                    continue
                 pictures = [] if self._aborted else sorted(self._unfinished(), key=lambda p: p.turn)
                 if pictures or self._closing:
                     break
@@ -256,8 +261,12 @@ class Engine:
         return [picture for picture in pictures if picture.job.group == group][: self._cap]
 
     def _run_errands(self) -> None:
-        while self._errands:
-            errand, done = self._errands.pop(0)
+        """Between two calls, and without the lock: they may take long, and requests come meanwhile."""
+        while True:
+            with self._changed:
+                if not self._errands:
+                    return
+                errand, done = self._errands.pop(0)
             with Attempt() as attempt, torch.inference_mode(False):
                 errand()
             if attempt.error is None:
