@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from diffusionfm import flow, lora
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.distill import Paths, Strides, collate_strides, teacher_path
+from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
+from train.distill import main
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -99,3 +101,16 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
     plain.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="no few_step adapter"):
         DiffusionFMPipeline.from_pretrained(tmp_path / "bare", fast=True)
+
+
+def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path, capsys):
+    teacher.save_pretrained(tmp_path / "model")
+    (tmp_path / "paths").mkdir()
+    stored(teacher, tmp_path / "paths", weights_hash(teacher.transformer))
+    run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
+    trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
+    told = [f"trainer.{key}={value}" for key, value in trainer.items()]
+    main([f"model={tmp_path / 'model'}", f"paths={tmp_path / 'paths'}", "prompts=[a red circle]", *told])
+    said = read_parameters(run / "samples" / "0000001.png")
+    assert said["prompt"] == "a red circle" and said["steps"] == 2
+    assert "model" not in said and "model_hash" not in said

@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> Path:
         def on_sample(step: int, networks: dict) -> None:
             drawn = pipe(cfg.prompts, seed=0, num_inference_steps=paths.strides, guidance_scale=1.0)
             sheet = contact_sheet(drawn.images, labels=cfg.prompts, columns=min(10, len(drawn.images)))
-            save_png(sheet, run / "samples" / f"{step:07d}.png", in_common(drawn.told))
+            told = in_common(drawn.told)
+            del told["model"], told["model_hash"]  # of the teacher: the student has none yet
+            save_png(sheet, run / "samples" / f"{step:07d}.png", told)
 
         trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample)
         pipe.vae.to(trainer.device)
