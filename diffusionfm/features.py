@@ -85,15 +85,15 @@ def empty_prompt(shards: str | os.PathLike) -> Tensor | None:
 
 
 def refuse_stale(
-    shards: str | os.PathLike, meta: Mapping[str, Any], vae: str, text: str | None = None
+    shards: str | os.PathLike, meta: Mapping[str, Any], vae: str | None, text: str | None = None
 ) -> None:
     """ValueError, with the command that mends it, when other networks made precomputed shards.
 
     meta: that of any sample there. vae, text: this run's hashes, as `precompute` takes them; shards without text
-    features fit any text encoder.
+    features fit any text encoder, and a run that needs no latents of its own network, vae None, fits any.
     """
     made_by = meta.get("vae"), meta.get("text")
-    wrong = "autoencoder" if made_by[0] != vae else ""
+    wrong = "autoencoder" if vae not in (None, made_by[0]) else ""
     if made_by[1] not in (None, text):
         wrong = wrong or "text encoder or tokenizer"
     if wrong:

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -123,6 +124,51 @@ def test_a_denoiser_run_leaves_a_pipeline(house, name):
     assert pipe.defaults["height"] == pipe.defaults["width"] == 32
     picture = pipe("a red heart", num_inference_steps=1).images[0]
     assert picture.size == (32, 32) and picture.mode == "RGBA"
+
+
+def test_a_finished_model_gets_its_few_steps(house):
+    from diffusionfm.pipeline import DiffusionFMPipeline
+
+    house.made("tiny/denoiser")
+    model, paths, run = (f"runs/{name}" for name in ("tiny/denoiser/pipeline", "paths", "few"))
+    shards = "data.shards=runs/tiny/latents/latents"
+    options = (f"model={model}", f"output_dir={paths}", shards, "count=4", "batch_size=4")
+    house.run("paths", "configs/icons/paths.yaml", *options)
+    short = ("trainer.steps=2", "trainer.batch_size=2", "trainer.compile=false", "rank=1")
+    options = (f"model={model}", f"paths={paths}", f"trainer.output_dir={run}", *short)
+    house.run("distill", "configs/icons/distill.yaml", *options)
+    whole = shutil.copytree(house.root / model, house.root / "runs/whole")
+    shutil.copytree(house.root / run / "few_step", whole / "few_step")
+    fast = DiffusionFMPipeline.from_pretrained(whole, fast=True)
+    assert fast.defaults["steps"] == 4 and fast("a red heart").images[0].size == (32, 32)
+
+
+def test_a_model_is_taught_other_words_and_nothing_else(house):
+    from safetensors.torch import load_file
+
+    from diffusionfm.data.reader import ShardDataset
+    from diffusionfm.phrasing import article
+    from diffusionfm.pipeline import DiffusionFMPipeline
+
+    house.made("tiny/denoiser")
+    model, run = (house.root / "runs" / name for name in ("tiny/denoiser/pipeline", "words"))
+    run.mkdir()
+    phrase = ShardDataset(house.root / "runs/tiny/latents/latents", needs=("safetensors", "txt")).meta(0)[
+        "phrase"
+    ]
+    (run / "other_words.json").write_text(json.dumps([[f"thing {k}", article(phrase)] for k in range(60)]))
+    short = ("trainer.steps=2", "trainer.batch_size=4", "pictures=4", "sources=1", "kept_back=0.2")
+    places = (f"model={model}", "shards=runs/tiny/latents/latents", f"trainer.output_dir={run}")
+    assert "60 texts" in house.run("paraphrase", "configs/icons/paraphrase.yaml", *short, *places)
+    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= metrics["understood_top1"] <= metrics["understood_top5"] <= 1
+    taught = DiffusionFMPipeline.from_pretrained(run / "pipeline")
+    assert taught("a red heart", num_inference_steps=1).images[0].size == (32, 32)
+    for name in ("transformer", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (run / "pipeline" / file).read_bytes() == (model / file).read_bytes()
+    before, after = (load_file(f / "text_encoder/model.safetensors") for f in (model, run / "pipeline"))
+    assert any((value != after[name]).any() for name, value in before.items())
 
 
 def test_the_vae_knows_its_latents(house):

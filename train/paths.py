@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> Path:
         model = weights_hash(pipe.transformer)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
-        batches = latent_batches(cfg.data, weights_hash(pipe.vae), cfg.batch_size, cfg.seed)
+        batches = latent_batches(cfg.data, None, cfg.batch_size, cfg.seed)  # for their captions
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
             file = out / f"{k:05d}.safetensors"

@@ -212,8 +212,10 @@ def collate_latents(samples: list[dict[str, Any]], styled: dict[str, float] | No
     }
 
 
-def latent_dataset(shards: str, vae_hash: str, split: str, text_hash: str | None = None) -> ShardDataset:
-    """Precomputed latents of one split. `ValueError` when other networks made them.
+def latent_dataset(
+    shards: str, vae_hash: str | None, split: str, text_hash: str | None = None
+) -> ShardDataset:
+    """Precomputed latents of one split. `ValueError` when other networks made them; vae_hash None takes any.
 
     text_hash: that of the text encoder and tokenizer; text features stored with the latents must be theirs."""
     dataset = ShardDataset(shards, split=split, needs=("safetensors", "txt"))
@@ -222,7 +224,7 @@ def latent_dataset(shards: str, vae_hash: str, split: str, text_hash: str | None
 
 
 def latent_batches(
-    cfg: DataConfig, vae_hash: str, batch_size: int, seed: int, text_hash: str | None = None
+    cfg: DataConfig, vae_hash: str | None, batch_size: int, seed: int, text_hash: str | None = None
 ) -> Batches:
     """Endless training batches of latents and captions; the trainer splits them by rank. Errors as picture_batches."""
     dataset = latent_dataset(cfg.shards, vae_hash, "train", text_hash)
