@@ -81,6 +81,11 @@ class WordNet:
         return bare(text) not in self.reserved
 
 
+def drawable(folder: Path) -> list[Sense]:
+    """Every sense of things that can be drawn, from the unpacked Debian package `wordnet-base`."""
+    return [sense for _, sense in _senses(folder / "usr/share/wordnet/data.noun")]
+
+
 def bare(text: str) -> str:
     """A text without the article before it, in lower case."""
     return re.sub(r"^(a|an|the) ", "", text.lower())
