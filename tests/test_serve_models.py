@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event
@@ -14,6 +15,7 @@ from conftest import build_tiny_pipeline
 from serving import APPLE, Running, picture, until
 
 from diffusionfm.cli import main
+from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve import models
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Closed, QueueFull, Request
@@ -139,6 +141,35 @@ def test_one_that_is_damaged_since_is_told_without_its_place(several, tmp_path, 
         several.engine("red")
 
 
+def test_those_that_are_open_are_had_at_once_while_another_is_opened(several, held_open):
+    green = several.engine("green")
+    reached, opened = held_open
+    with ThreadPoolExecutor() as pool:
+        red = pool.submit(several.engine, "red")
+        assert reached.wait(60)
+        try:
+            assert pool.submit(several.engine, "green").result(10) is green
+            assert several.ready("red") is None and several.ready() is several.first
+        finally:
+            opened.set()
+        assert red.result(60) is several.engine("red")
+
+
+@pytest.fixture
+def held_open(monkeypatch):
+    """The model "red" is opened no further than to the first event until the second is set."""
+    reached, opened, read = Event(), Event(), DiffusionFMPipeline.from_pretrained
+
+    def slowly(folder, **how):
+        if folder.name == "red":
+            reached.set()
+            assert opened.wait(60)
+        return read(folder, **how)
+
+    monkeypatch.setattr(models.DiffusionFMPipeline, "from_pretrained", slowly)
+    return reached, opened
+
+
 # ------------------------------------------------------------------ over HTTP
 
 
@@ -160,5 +191,25 @@ def test_a_request_names_its_model(tiny_model, shelf):
             assert "'tiny' or 'blue'" in answer.json()["error"]["message"]
         figures = running.client.get("/metrics").text
         assert 'diffusionfm_pictures_total{end="drawn"} 3.0' in figures
+    finally:
+        running.stop()
+
+
+def test_many_who_wait_for_a_model_hold_up_nobody_who_does_not(tiny_model, shelf, held_open):
+    running = Running(tiny_model, models=find_models(shelf)[0])
+    reached, opened = held_open
+    body = APPLE | {"seed": 3, "steps": 1}
+    try:
+        with ThreadPoolExecutor(40) as pool:
+            red = [
+                pool.submit(running.draw, **body, model="red") for _ in range(36)
+            ]  # more than asyncio's threads
+            assert reached.wait(60)
+            try:
+                tiny = [pool.submit(running.draw, **body) for _ in range(2)]
+                assert [answer.result(20).status_code for answer in tiny] == [200, 200]
+            finally:
+                opened.set()
+            assert {answer.result(60).status_code for answer in red} == {200}
     finally:
         running.stop()

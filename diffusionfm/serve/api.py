@@ -13,6 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,7 @@ class Service:
     def __init__(self, models: Models, access: Access | None = None, log_prompts: bool = False):
         self.models, self.access, self.log_prompts = models, access or Access(), log_prompts
         self.metrics = Metrics(models)
+        self._opener = ThreadPoolExecutor(1, "open")  # models; the event loop's own threads answer others
         self.began = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -128,8 +130,10 @@ class Service:
         """The engine of the model that a request names. Raises Refusal."""
         name = body.get("model")
         self._check_name(self.models.names[0] if name is None else name)
+        if engine := self.models.ready(name):
+            return engine
         with _refusing():
-            return await asyncio.to_thread(self.models.engine, name)
+            return await asyncio.get_running_loop().run_in_executor(self._opener, self.models.engine, name)
 
     def _check_name(self, name: Any) -> None:
         if name not in self.models.names:

@@ -65,7 +65,8 @@ class Models:
         self.first, self.folders = first, dict(folders or {})
         self._open: dict[str, tuple[Engine, float]] = {}  # and when it was asked for; the latest last
         self._gone = Counts()  # of engines that are closed
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is open: held for a moment
+        self._opening = threading.Lock()  # held while one is opened or closed
         self._closing = False
 
     def __enter__(self) -> Models:
@@ -82,7 +83,8 @@ class Models:
     @property
     def engines(self) -> list[Engine]:
         """Those that are open now."""
-        return [self.first, *(engine for engine, _ in [*self._open.values()])]
+        with self._lock:
+            return [self.first, *(engine for engine, _ in self._open.values())]
 
     def engine(self, name: str | None = None) -> Engine:
         """The engine of a model, opened if need be; None is the first. Submit to it within GRACE seconds.
@@ -92,23 +94,43 @@ class Models:
             return self.first
         if name not in self.folders:
             raise ValueError(f"no such model: choose {', '.join(self.names)}")
+        return self.ready(name) or self._open_now(name)
+
+    def ready(self, name: str | None = None) -> Engine | None:
+        """The engine of a model that is open, at once, to submit to as of `engine`; else None."""
+        if name in (None, self.first.pipe.model_name):
+            return self.first
         with self._lock:
-            if self._closing:
-                raise Closed("the server is shutting down")
-            if name not in self._open:
-                self._make_room()
-            engine = self._open.pop(name)[0] if name in self._open else self._opened(name)
+            if self._closing or name not in self._open:
+                return None
+            engine, _ = self._open.pop(name)
             self._open[name] = engine, time.monotonic()
             return engine
 
+    def _open_now(self, name: str) -> Engine:
+        """One after another; those that are open draw meanwhile."""
+        with self._opening:
+            if self._closing:
+                raise Closed("the server is shutting down")
+            if engine := self.ready(name):  # somebody else has opened it
+                return engine
+            self._make_room()
+            engine = self._opened(name)
+            with self._lock:
+                self._open[name] = engine, time.monotonic()
+            return engine
+
     def _make_room(self) -> None:
-        if len(self._open) < MOST:
-            return
-        now = time.monotonic()
-        idle = [n for n, (engine, asked) in self._open.items() if not engine.waiting and now > asked + GRACE]
-        if not idle:
-            raise QueueFull(f"{MOST + 1} models are in use: try again a little later", GRACE)
-        engine, _ = self._open.pop(idle[0])
+        with self._lock:
+            if len(self._open) < MOST:
+                return
+            now = time.monotonic()
+            idle = [
+                n for n, (engine, asked) in self._open.items() if not engine.waiting and now > asked + GRACE
+            ]
+            if not idle:
+                raise QueueFull(f"{MOST + 1} models are in use: try again a little later", GRACE)
+            engine, _ = self._open.pop(idle[0])
         engine.close()
         self._gone = _sum(self._gone, engine.counts)
         del engine
@@ -151,7 +173,7 @@ class Models:
     def close(self, timeout: float | None = None) -> None:
         """Draw what is queued, for `timeout` seconds a model at most, None for as long as it takes; fail the rest."""
         self.refuse()
-        with self._lock:
+        with self._opening:
             for engine in self.engines:
                 engine.close(timeout)
 
