@@ -28,4 +28,7 @@ const keys = event => {
   if (event.key === 'Escape' && !document.querySelector('#cancel')?.disabled) press('cancel');
 };
 document.addEventListener('keydown', keys);
-new MutationObserver(() => document.dispatchEvent(new Event('stage'))).observe(element, {childList: true, subtree: true});
+const notice = changes => {  // of a button no more than its word changes
+  if (changes.some(change => !change.target.closest('button'))) document.dispatchEvent(new Event('stage'));
+};
+new MutationObserver(notice).observe(element, {childList: true, subtree: true});

@@ -1,6 +1,7 @@
 // What was drawn, kept by this browser alone and only when asked to. Runs as js_on_load, with `element` and `trigger`.
 // An entry is {text, picture}: the settings as one can paste them, and a thumbnail as a data URL.
-const PLACE = 'diffusionfm-history', MOST = 60, SIDE = 96, VEILED = 6;  // pixels wide and tall
+const PLACE = 'diffusionfm-history', DONE = 'diffusionfm-remembered';
+const MOST = 60, SIDE = 96, VEILED = 6;  // pixels wide and tall
 const part = name => element.querySelector(`[data-part=${name}]`);
 
 const read = () => { try { return JSON.parse(localStorage.getItem(PLACE)); } catch { return null; } };
@@ -16,7 +17,7 @@ const show = () => {
   const entries = read();
   part('wanted').checked = entries !== null;
   part('clear').hidden = !entries?.length;
-  part('list').replaceChildren(...(entries ?? []).map((entry, k) => {
+  part('list').replaceChildren(...(entries ?? []).map(entry => {
     const item = document.createElement('li'), button = document.createElement('button');
     const picture = document.createElement('img');
     const words = entry.text.split('\n')[0], seed = /Seed: (\d+)/.exec(entry.text)?.[1];
@@ -25,7 +26,7 @@ const show = () => {
     button.type = 'button';
     button.title = `${words}, seed ${seed}`;
     button.setAttribute('aria-label', `Restore ${button.title}`);
-    button.dataset.entry = k;
+    button.addEventListener('click', () => trigger('click', {value: entry.text}));
     button.append(picture);
     item.append(button);
     return item;
@@ -43,31 +44,41 @@ const thumbnail = (picture, side) => {
   return canvas.toDataURL('image/webp', 0.8);
 };
 
-const remember = async () => {
+// A set of pictures is remembered once, so Clear is for good: `DONE` is the last one of this browser's tab, where a
+// reload shows it again. Pictures drawn anew are another set, even if they are the same.
+let shown = false;
+const remember = async wanted => {
   const cards = [...document.querySelectorAll('#stage .card:has([data-copy])')];
-  if (read() === null || !cards.length) return;
-  const drawn = await Promise.all(cards.map(async card => {
-    const text = card.querySelector('[data-copy]').dataset.copy, picture = new Image();
+  if (!cards.length && shown) sessionStorage.removeItem(DONE);
+  shown = cards.length > 0;
+  if (read() === null || !shown) return;
+  const texts = cards.map(card => card.querySelector('[data-copy]').dataset.copy), set = JSON.stringify(texts);
+  const fresh = wanted || sessionStorage.getItem(DONE) !== set;
+  sessionStorage.setItem(DONE, set);
+  const pictures = await Promise.all(cards.map(async card => {
+    const picture = new Image();
     picture.src = card.querySelector('img').src;
     await picture.decode();
     const veiled = card.querySelector('.veil input:not(:checked)');  // of such no more is kept than a blur
-    return {text, picture: thumbnail(picture, veiled ? VEILED : SIDE)};
+    return thumbnail(picture, veiled ? VEILED : SIDE);
   }));
-  if (read() === null) return;  // unticked meanwhile
-  const known = new Set(drawn.map(entry => entry.text));
-  write([...drawn, ...read().filter(entry => !known.has(entry.text))].slice(0, MOST));
+  const entries = read();
+  if (entries === null) return;  // unticked meanwhile
+  const drawn = new Map(texts.map((text, k) => [text, {text, picture: pictures[k]}]));
+  if (fresh) write([...drawn.values(), ...entries.filter(entry => !drawn.has(entry.text))].slice(0, MOST));
+  else write(entries.map(entry => drawn.get(entry.text) ?? entry));  // a veil may have been lifted
   show();
 };
 
 part('wanted').addEventListener('change', event => {
-  if (event.target.checked) { write([]); remember(); } else write(null);
+  if (event.target.checked) { write(read() ?? []); remember(true); } else write(null);
   show();
 });
-element.addEventListener('click', event => {
-  const button = event.target.closest('button');
-  if (!button) return;
-  if (button.dataset.entry) trigger('click', {value: read()[button.dataset.entry].text});
-  else if (confirm(`Forget ${read().length} pictures of this list?`)) { write([]); show(); part('wanted').focus(); }
+part('clear').addEventListener('click', () => {
+  if (!confirm(`Forget ${part('list').children.length} pictures of this list?`)) return;
+  write(read() && []);
+  show();
+  part('wanted').focus();
 });
 
 // Settings that were copied, here or in another studio, unpack themselves when they are pasted as a prompt.
@@ -80,6 +91,8 @@ const paste = event => {
 };
 document.addEventListener('paste', paste);
 
-const look = () => element.isConnected ? remember() : document.removeEventListener('stage', look);
+const look = () => element.isConnected ? remember(false) : document.removeEventListener('stage', look);
 document.addEventListener('stage', look);  // create.js tells of what comes to stand there
+const others = () => element.isConnected ? show() : window.removeEventListener('storage', others);
+window.addEventListener('storage', others);  // another tab of this browser wrote
 show();

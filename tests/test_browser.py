@@ -292,8 +292,37 @@ def test_the_history_is_asked_for_survives_a_reload_and_is_cleared(page):
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("#history [data-part=clear]")
     assert page.locator("#history li").count() == 0 and page.evaluate(kept) == "[]"
+    page.click(f"button[aria-label='Copy settings, seed {seed}']")
+    page.wait_for_selector("text=Copied")
+    page.reload()
+    page.wait_for_selector(PICTURE)
+    page.wait_for_timeout(500)
+    assert page.evaluate(kept) == "[]"  # what was cleared stays so
+    page.uncheck("#fresh input")
+    page.click("#generate")
+    page.wait_for_selector("#history li img")  # drawn anew it is another
     page.uncheck("#history [data-part=wanted]")
     assert page.evaluate(kept) is None
+
+
+def test_the_history_is_one_for_all_tabs_and_each_thumbnail_restores_its_own(page):
+    write = "entries => localStorage.setItem('diffusionfm-history', entries)"
+    dot = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+    entry = {"text": "a red apple\nSteps: 5, Seed: 7", "picture": dot}
+    newer = entry | {"text": "a blue fish\nSteps: 5, Seed: 8"}
+    page.evaluate(write, json.dumps([entry]))
+    page.reload()
+    mine = page.locator("#history button[aria-label='Restore a red apple, seed 7']").element_handle()
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.evaluate(write, json.dumps([newer, entry]))
+    sync_api.expect(page.locator("#history li")).to_have_count(2)
+    mine.evaluate("button => button.click()")
+    sync_api.expect(page.locator("#prompt textarea")).to_have_value("a red apple")
+    other.evaluate("localStorage.removeItem('diffusionfm-history')")
+    sync_api.expect(page.locator("#history li")).to_have_count(0)
+    sync_api.expect(page.locator("#history [data-part=wanted]")).not_to_be_checked()
+    other.close()
 
 
 @pytest.mark.slow
