@@ -67,7 +67,7 @@ def test_recipes_configs_and_targets_are_there():
 def test_every_place_on_the_map_and_every_link_exists():
     for path in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / path).exists(), path
-    house = README[README.index("## The house") :].split("```")[1]
+    house = README[README.index("## Repository layout") :].split("```")[1]
     names = re.findall(r"([\w/]+\.py)\b|^ *([\w/]+/)(?= )", house, re.M)
     assert len(names) > 20
     for file, folder in names:
