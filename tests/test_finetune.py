@@ -253,6 +253,37 @@ def test_the_recipe_and_the_command_are_the_same_run(pictures, tiny_model, tmp_p
     assert (cfg.rank, cfg.trainer.lr) == (FinetuneConfig().rank, FinetuneConfig().trainer.lr)
 
 
+def test_the_recipe_and_the_command_train_all_weights_at_one_rate(pictures, tiny_model, tmp_path):
+    common = ["--model", str(tiny_model), "--steps", "1", "--method", "full", "--quiet"]
+    assert main(["finetune", str(pictures), "--out", str(tmp_path / "a"), *common]) == 0
+    keys = {"data": pictures, "model": tiny_model, "trainer.steps": 1, "method": "full"}
+    keys |= {"trainer.output_dir": tmp_path / "b"}
+    recipe([str(ROOT / "configs/finetune/laptop.yaml"), *(f"{key}={value}" for key, value in keys.items())])
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "lr"),
+    [
+        (["configs/finetune/gpu.yaml", "method=full"], 5e-5),
+        (["method=full"], 1e-4),
+        (["method=dora"], 1e-3),
+        (["configs/finetune/gpu.yaml", "method=full", "trainer.lr=1e-3"], 1e-3),
+        (["own.yaml"], 2e-4),
+        (["own.yaml", "method=lora"], 2e-4),
+    ],
+)
+def test_a_rate_that_somebody_chose_is_taken_as_it_is(words, lr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "own.yaml").write_text(
+        "base: configs/finetune/laptop.yaml\nmethod: full\ntrainer: {lr: 2.0e-4}\n"
+    )
+    monkeypatch.setattr("train.finetune.run", lambda cfg: cfg)
+    assert recipe(words).trainer.lr == pytest.approx(lr)
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     pictures, tiny_model, tmp_path, no_file_beyond, capsys
 ):

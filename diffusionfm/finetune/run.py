@@ -33,13 +33,13 @@ from diffusionfm.finetune.settings import (
     check_record,
     check_settings,
     load_preset,
+    scale_preset_lr,
 )
 from diffusionfm.locks import LOCK, locked
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.trainer import Trainer, TrainingDiverged
 
 Progress = Callable[[int, int, float], object]  # (step, steps, loss); True stops after that step
-FULL_LR = 0.1  # of a preset's learning rate, when all weights are trained
 
 
 def configure(
@@ -60,8 +60,8 @@ def configure(
         assert hasattr(place, key), key
         if value is not None:
             setattr(place, key, value)
-    if cfg.method == "full" and chosen.get("lr") is None:
-        cfg.trainer.lr *= FULL_LR
+    if chosen.get("lr") is None:
+        scale_preset_lr(cfg)
     return cfg
 
 

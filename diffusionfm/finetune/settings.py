@@ -22,6 +22,7 @@ RECORD = "finetune.json"
 PREFLIGHT, SHEET = "preflight.json", "preflight.png"
 MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_LR, MAX_PRIOR = 100_000, 256, 1024, 0.1, 10.0
 MAX_PROMPTS = 64
+FULL_LR = 0.1  # of a preset's learning rate, which is for adapters, when all weights are trained
 # What any model may be asked for, things and scenes by turns: forgetting is measured, and prior pictures are drawn,
 # with these. No scene is a prompt of the scorecard.
 OWN_PROMPTS = (  # noqa: SIM905, prompts read best as one line
@@ -48,8 +49,9 @@ class FinetuneConfig:
     data: a folder of pictures with captions, as FolderDataset takes them, a zip of one, or a folder of shards.
     model: a pipeline folder, null for the shipped one. captions: refuse, name, folder, trigger or skip pictures
     without one.
-    method: lora, dora or full (every weight of the denoiser). text_encoder: adapt that too. rank, alpha: of the
-    adapter; alpha is its scale times the rank, 0 for the rank itself. targets: layers it adapts, all or attention.
+    method: lora, dora or full (every weight of the denoiser, at a tenth of a preset's learning rate).
+    text_encoder: adapt that too. rank, alpha: of the adapter; alpha is its scale times the rank, 0 for the rank
+    itself. targets: layers it adapts, all or attention.
     trigger: the subject's word. It takes the place of [trigger] in captions and prompts, and goes before captions
     that have neither.
     own_prompts: what the model could draw before. prior: the weight of `prior_pictures` pictures that the model
@@ -94,6 +96,12 @@ def load_preset(name: str) -> FinetuneConfig:
     if found is None:
         raise ValueError("the presets are missing: install the package again")
     return load_config(FinetuneConfig, found / f"{name}.yaml")
+
+
+def scale_preset_lr(cfg: FinetuneConfig) -> None:
+    """Where all weights are trained, make a tenth of a learning rate that is a preset's; any other stays."""
+    if cfg.method == "full" and cfg.trainer.lr in {load_preset(name).trainer.lr for name in PRESETS}:
+        cfg.trainer.lr *= FULL_LR
 
 
 def check_settings(cfg: FinetuneConfig) -> None:
