@@ -60,6 +60,36 @@ def test_metadata_jsonl_goes_before_txt(folder):
     assert dataset.report.absent == ["gone.png"] and "not found: gone.png" in str(dataset.report)
 
 
+def test_a_picture_told_twice_keeps_its_last_caption_and_is_named(folder):
+    caption_all(folder)
+    rows = [("a.png", "first"), ("b.JPG", "same"), ("a.png", "last"), ("a.png", ""), ("b.JPG", "same")]
+    rows += [("more/c.webp", ""), ("more/c.webp", "at last")]
+    told = (json.dumps({"file_name": name, "text": text}) for name, text in rows)
+    (folder / "metadata.jsonl").write_text("\n".join(told))
+    dataset = FolderDataset(folder)
+    assert [s["caption"] for s in dataset] == ["last", "same", "at last", "the picture more/d"]
+    assert dataset.report.faults() == ["several captions: a.png, the last in metadata.jsonl is used"]
+
+
+def test_captions_that_are_not_read_are_named(folder):
+    caption_all(folder)
+    (folder / "e.txt").write_text("of no picture")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "an a"}')
+    for name in ("list.csv", "more/list.csv", "more/metadata.csv"):
+        (folder / name).write_text("file_name,text\nd.gif,a d")
+    assert FolderDataset(folder).report.faults() == [
+        "not read: e.txt, no picture has its name",
+        "not read: list.csv, captions are read from metadata.jsonl",
+        "not read: more/list.csv, captions are read from metadata.csv",
+    ]
+    (folder / "metadata.jsonl").unlink()
+    (folder / "more/metadata.csv").rename(folder / "more/captions.jsonl")
+    (folder / "list.csv").unlink()
+    assert "not read: more/captions.jsonl, captions are read from metadata.jsonl or metadata.csv" in str(
+        FolderDataset(folder).report
+    )
+
+
 @pytest.mark.parametrize("columns", ["file_name,text", "Image,Caption", "split,file_name,caption"])
 def test_csv(folder, columns):
     extra = "x," if columns.startswith("split") else ""

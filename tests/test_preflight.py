@@ -27,7 +27,7 @@ from diffusionfm.data.folder import (
 )
 from diffusionfm.data.language import UNTOLD, language_of
 from diffusionfm.data.preflight import preflight_sheet
-from diffusionfm.data.reader import ShardDataset
+from diffusionfm.data.reader import ShardDataset, told_captions
 
 
 def blob(seed: int, size=(40, 40), background=None) -> Image.Image:
@@ -202,6 +202,27 @@ def test_a_tar_without_captions_and_members_that_are_not_read(tmp_path):
         scan_shards(tmp_path / "gifs.tar")
 
 
+def test_a_caption_in_the_json_of_a_tar_is_read_where_nothing_else_tells_one(tmp_path):
+    told = {
+        "a": {"caption": "a told\n thing", "text": None},
+        "b": {"caption": " ", "text": "from text"},
+        "c": {"caption": "not this", "captions": ["the list", "goes first"]},
+        "d": {"caption": "not this"},
+        "e": {"caption": 7, "text": ["no text"]},
+    }
+    for k, (name, meta) in enumerate(told.items()):
+        save(tmp_path / "mine", f"{name}.png", blob(k), "the .txt goes first" if name in "cd" else "")
+        (tmp_path / "mine" / f"{name}.json").write_text(json.dumps(meta))
+    with tarfile.open(tmp_path / "mine.tar", "w") as file:
+        for path in sorted((tmp_path / "mine").iterdir()):
+            file.add(path, path.name)
+    report, pictures = scan_shards(tmp_path / "mine.tar", 64, "trigger")
+    captions = [sample["caption"] for sample in PictureDataset(report, pictures, 64, "trigger")]
+    assert captions == ["a told thing", "from text", "the list", "the .txt goes first", TRIGGER]
+    assert report.missing == ["e.png"]
+    assert told_captions(told["a"]) == []  # what pretraining reads has not changed
+
+
 def test_alike_shapes_in_other_colours_are_no_duplicates(tmp_path):
     for color in ("red", "blue"):
         picture = Image.new("RGBA", (40, 40))
@@ -321,6 +342,17 @@ def broken(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def damaged(compression: int):
+    """What writes a zip whose one member does not unpack."""
+
+    def make(path: Path) -> None:
+        data = bytearray(pack(path, {"a.png": os.urandom(3000)}, compression).read_bytes())
+        data[60:160] = bytes(100)
+        path.write_bytes(bytes(data))
+
+    return make
+
+
 EVIL = {
     "climbs out": (lambda path: pack(path, {"../a.png": b"x"}), "leads outside"),
     "climbs out, other slash": (lambda path: pack(path, {"..\\a.png": b"x"}), "leads outside"),
@@ -332,6 +364,9 @@ EVIL = {
     "file and folder": (lambda path: pack(path, {"a.png/b.png": b"x", "a.png": b"y"}), "of one name"),
     "a password": (encrypted, "encrypted"),
     "a broken sum": (broken, "cannot|not a zip that can be read"),
+    "damaged, deflated": (damaged(zipfile.ZIP_DEFLATED), "not a zip that can be read"),
+    "damaged, bzip2": (damaged(zipfile.ZIP_BZIP2), "not a zip that can be read"),
+    "damaged, lzma": (damaged(zipfile.ZIP_LZMA), "not a zip that can be read"),
     "no zip": (lambda path: path.write_bytes(b"no zip"), "not a zip"),
 }
 

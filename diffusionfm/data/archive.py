@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tempfile
@@ -20,7 +21,15 @@ MAX_BYTES = 16 * 2**30  # of all that is unpacked
 MAX_RATIO = 200  # a member of over MAX_PLAIN bytes may grow so many times; pictures are compressed already
 MAX_PLAIN = 2**24
 MAX_PLAIN_SUM = 2**30  # likewise of all that is unpacked, beside the whole archive
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
+BAD_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
 
 
 @contextmanager
@@ -67,6 +76,10 @@ def unpack(path: Path, folder: Path, most: int) -> Path:
         raise ValueError(f"{path} is not a zip that can be read ({error}): pack it again") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} holds a file and a folder of one name: pack it again") from error
+    except OSError as error:
+        if error.errno is not None:  # the system's; bzip2 has none
+            raise
+        raise ValueError(f"{path} is not a zip that can be read ({error}): pack it again") from error
     inside = list(folder.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,38 @@ TRIGGER = "[trigger]"  # stands in captions and prompts for the word that fine-t
 SPLITS = ("validation", "valid", "val", "dev", "test", "eval")  # beside train/: pictures to judge by
 
 
-def tables(folder: Path) -> dict[str, tuple[str, str]]:
-    """name -> (caption, the file it is from), by every metadata.jsonl, metadata.csv and the root's only CSV.
+@dataclass
+class Tables:
+    """What the tables of a folder say. captions: name -> (caption, the file it is from). read: those files.
+
+    again: (name, the file whose caption is used) of pictures that are told other captions too."""
+
+    captions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)
+    again: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, caption: str, file: str) -> None:
+        """The last caption of a picture holds; an empty one takes the place of none."""
+        before, _ = self.captions.get(name, ("", ""))
+        if caption or not before:
+            self.captions[name] = caption, file
+        if before and before != caption:
+            self.again[name] = self.captions[name][1]
+
+
+def tables(folder: Path) -> Tables:
+    """What every metadata.jsonl, metadata.csv and the root's only CSV say.
 
     Names are relative to `folder`, in the files to the folder of each: Hugging Face's imagefolder has one a split.
     A JSONL goes before a CSV beside it. ValueError, with file and line, for what cannot be read or leads outside.
     """
-    found: dict[str, tuple[str, str]] = {}
+    found = Tables()
     for path in _table_files(folder):
+        file = path.relative_to(folder).as_posix()
+        found.read.append(file)
         rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
         for line, row in rows:
-            name, caption = _pair(folder, path, line, row)
-            found[name] = caption, path.relative_to(folder).as_posix()
+            found.add(*_pair(folder, path, line, row), file)
     return found
 
 
@@ -59,6 +80,13 @@ def text_beside(folder: Path, picture: Path) -> str:
     return clean_caption(_read_text(path), path.name)
 
 
+def caption_in(meta: dict[str, Any]) -> str:
+    """The caption under one of CAPTION_COLUMNS in the JSON of a sample, on one line; "" where there is none."""
+    told = (meta.get(column) for column in CAPTION_COLUMNS)
+    text = next((text for text in told if isinstance(text, str) and text.strip()), "")
+    return clean_caption(text, "the caption")
+
+
 def clean_caption(text: str, what: str) -> str:
     """A caption on one line. ValueError, which begins with `what`, for what no prompt may be."""
     return " ".join(check_prompt(text, what).split())
@@ -80,6 +108,22 @@ def words_of_name(name: str) -> str:
     words = re.sub(r"[\W_]+", " ", words).strip().lower()
     words = re.sub(r"( copy| \d+)+$|^\d+( \d+)*$", "", words).strip()
     return words if re.search(r"[^\W\d]", words) else ""
+
+
+def unused(names: list[str], pictures: list[str], read: list[str]) -> list[tuple[str, str]]:
+    """(name, reason) of the files among `names` that look like captions and are not read.
+
+    read: the tables that are."""
+    texts = {Path(picture).with_suffix(".txt").as_posix() for picture in pictures}
+    beside = {Path(table).parent: Path(table).name for table in read}
+    found = []
+    for name in names:
+        suffix, table = Path(name).suffix.lower(), beside.get(Path(name).parent)
+        if suffix == ".txt" and name not in texts:
+            found.append((name, "no picture has its name"))
+        elif suffix in (".jsonl", ".csv") and name not in read:
+            found.append((name, f"captions are read from {table or 'metadata.jsonl or metadata.csv'}"))
+    return found
 
 
 def held_out(names: list[str]) -> set[str]:

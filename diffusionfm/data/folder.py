@@ -21,7 +21,7 @@ from diffusionfm.data.shards import ShardWriter
 from diffusionfm.inputs import DECODE_ERRORS, contain, read_picture
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-NOTES = {".txt", ".jsonl", ".csv", ".md"}  # files beside pictures that nobody misses
+NOTES = {".txt", ".jsonl", ".csv", ".md"}  # files beside pictures, the captions among them told by name
 
 Progress = Callable[[int, int], None]
 
@@ -183,12 +183,17 @@ def scan(
     choice: `captions` of PictureDataset; nothing is refused. ValueError for metadata as of FolderDataset."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of pictures and captions")
-    table = caption_sources.tables(folder)
+    told = caption_sources.tables(folder)
+    table = told.captions
     inside = (path for path in folder.rglob("*") if not hidden(path.relative_to(folder)))
     files = sorted(path for path in inside if path.is_file())
     names = sorted(p.relative_to(folder).as_posix() for p in files if p.suffix.lower() in SUFFIXES)
     report = Preflight(str(folder), found=len(names))
     report.absent = [printable(name) for name in sorted(set(table) - set(names))]
+    report.again = [(printable(name), printable(file)) for name, file in sorted(told.again.items())]
+    beside = [path.relative_to(folder).as_posix() for path in files]
+    unused = caption_sources.unused(beside, names, told.read)
+    report.unused = [(printable(name), printable(reason)) for name, reason in unused]
     suffixes = Counter(printable(path.suffix.lower()) or "(no suffix)" for path in files)
     report.other = {suffix: n for suffix, n in suffixes.most_common() if suffix not in SUFFIXES | NOTES}
     heldout = caption_sources.held_out(names)
@@ -260,6 +265,8 @@ def _look_into(dataset: ShardDataset, i: int) -> tuple[str, Usable]:
     digest = hashlib.sha256(next(members[kind] for kind in PICTURES if kind in members)).hexdigest()
     told = told_captions(meta) or [members.get("txt", b"").decode("utf-8-sig")]
     captions = [caption_sources.clean_caption(text, "the caption") for text in told]
+    if captions == [""]:
+        captions = [caption_sources.caption_in(meta)]
     name, heldout = str(meta.get("name") or _member_name(dataset, i)), meta.get("split") == "heldout"
     return digest, examine(name, lambda: dataset.read(i)["picture"], captions, "shards", heldout)
 

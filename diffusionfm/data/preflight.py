@@ -59,6 +59,10 @@ class Preflight:
     duplicates: list[tuple[str, str]] = field(default_factory=list)  # (name, the one kept)
     near: list[tuple[str, str]] = field(default_factory=list)  # (name, the one it resembles), both kept
     absent: list[str] = field(default_factory=list)  # named by the metadata, but not in the folder
+    again: list[tuple[str, str]] = field(default_factory=list)  # (name, the table whose last caption is used)
+    unused: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (a .txt or a table that is not read, reason)
     other: dict[str, int] = field(default_factory=dict)  # files that are not read, by suffix
     origins: dict[str, int] = field(default_factory=dict)  # where the captions used are from
     sizes: list[tuple[int, int]] = field(default_factory=list)  # smallest, median and largest, by area
@@ -110,6 +114,8 @@ class Preflight:
         lines += [f"duplicate: {name} is {first}, left out" for name, first in self.duplicates]
         lines += [f"near duplicate: {name} looks like {first}, both are used" for name, first in self.near]
         lines += [f"not found: {name}, named by the metadata" for name in self.absent]
+        lines += [f"several captions: {name}, the last in {file} is used" for name, file in self.again]
+        lines += [f"not read: {name}, {reason}" for name, reason in self.unused]
         lines += [f"not read: {count} {suffix} files" for suffix, count in self.other.items()]
         return lines
 
