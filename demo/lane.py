@@ -28,6 +28,8 @@ AT_ONCE = 24
 """Drawings of pages that may be under way at a time; the engine lets them share network calls, and take turns."""
 PATIENCE, KEPT = 20.0, 600.0
 """Seconds that a drawing goes on after its page was closed, and that its pictures are kept: a reload finds both."""
+OPEN = 3600.0
+"""Seconds that finished pictures are kept at most: a page that never says that it is open cannot say when it closes."""
 MOST_KEPT = 2**26
 """Pixels of finished drawings that are kept, for pages that are open or may come back: the oldest go first."""
 LOOK = 0.5
@@ -226,8 +228,9 @@ class Lane:
         self._sweep()
         engines = [self.models.engine(model) for model, _ in asked]
         requests = [request for _, request in asked]
-        if old := self._drawings.get(owner):
-            old.cancel()
+        old = self._drawings.get(owner)
+        if old is not None and old.ended is None:
+            old.cancel()  # its place is free
         elif self.busy >= AT_ONCE:
             raise QueueFull(f"{self.busy} people are drawing: try again a little later", 5.0)
         names = [engine.pipe.model_name for engine in engines]
@@ -306,11 +309,12 @@ class Lane:
         for drawing in [*self._drawings.values()]:
             if drawing.left is not None and now > drawing.left + PATIENCE:
                 drawing.cancel()
-        ended = [(d.left or now, owner, d) for owner, d in [*self._drawings.items()] if d.ended is not None]
+        drawings = [*self._drawings.items()]
+        ended = [(d.left or now, d.ended, owner, d) for owner, d in drawings if d.ended is not None]
         room = MOST_KEPT
-        for when, owner, drawing in sorted(ended, key=lambda one: (one[0], one[2].ended), reverse=True):
+        for left, end, owner, drawing in sorted(ended, key=lambda one: one[:2], reverse=True):
             room -= drawing.pixels()
-            if room < 0 or now > when + KEPT:
+            if room < 0 or now > min(left + KEPT, end + OPEN):
                 self._drawings.pop(owner, None)
 
 

@@ -200,6 +200,10 @@ def ended(drawing) -> bool:
 def test_finished_pictures_are_kept_for_their_page_and_not_for_ever(lane, monkeypatch):
     assert ended(lane.start("me", [(None, Request("a red apple", steps=1))], "page"))
     assert len(lane.find("me", "page").pictures()[0].images) == 1
+    monkeypatch.setattr("demo.lane.OPEN", -1.0)  # the page is there, or never said that it was
+    assert lane.find("me", "page") is None
+    monkeypatch.undo()
+    assert ended(lane.start("me", [(None, Request("a red apple", steps=1))], "page"))
     monkeypatch.setattr("demo.lane.KEPT", -1.0)
     assert lane.find("me", "page") is None
 
@@ -248,7 +252,11 @@ def test_more_than_the_studio_takes_is_refused_at_once(lane, monkeypatch):
     with pytest.raises(QueueFull, match="1 people|try again"):
         lane.start("second", [(None, Request("a red apple"))])
     assert lane.cancel("first")
-    lane.start("second", [(None, Request("a red apple", steps=1))])
+    assert ended(lane.start("second", [(None, Request("a red apple", steps=1))]))
+    last = lane.start("first", [(None, Request("a red apple", steps=300))])
+    with pytest.raises(QueueFull):  # what it has drawn before is no place
+        lane.start("second", [(None, Request("a red apple"))])
+    assert lane.start("first", [(None, Request("a red apple", steps=1))]) and last.cancelled
 
 
 def test_bad_settings_raise_before_any_step(lane):
