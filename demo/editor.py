@@ -6,13 +6,13 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.base import server
-from gradio.components.image_editor import AcceptBlobs
+from gradio.components.image_editor import AcceptBlobs, EditorDataBlobs
 from gradio.data_classes import FileData
 from PIL import Image, ImageChops
 
 from diffusionfm.inputs import contain, open_picture
 
-MAX_LAYERS, MAX_KEPT = 4, 64
+MAX_LAYERS, MAX_KEPT, MAX_BYTES = 4, 64, 2**26
 CANVAS = 512
 """Pixels a side of the canvas: small pictures are enlarged to be painted on, and only the paint is read back."""
 PAINT = "#ff4f1f"
@@ -40,7 +40,7 @@ def editor(label: str, elem_id: str) -> gr.ImageEditor:
         brush=gr.Brush(default_size=40, colors=[PAINT], color_mode="fixed"),
         buttons=[],
     )
-    accept = made.accept_blobs
+    accept, preprocess = made.accept_blobs, made.preprocess
 
     @server
     def accept_blobs(data: AcceptBlobs) -> None:
@@ -49,7 +49,13 @@ def editor(label: str, elem_id: str) -> gr.ImageEditor:
             raise gr.Error("There are not so many layers.")
         accept(data)
 
-    vars(made).update(blob_storage=_Latest(), convert_and_format_image=_opened, accept_blobs=accept_blobs)
+    def take(payload: Any) -> Any:
+        if payload is not None and payload.id is not None and payload.id not in made.blob_storage:
+            raise gr.Error("What you painted is no longer here: press the button again.", duration=10)
+        return preprocess(payload)
+
+    vars(made).update(blob_storage=_Latest(), convert_and_format_image=_opened)
+    vars(made).update(accept_blobs=accept_blobs, preprocess=take)
     return made
 
 
@@ -64,12 +70,15 @@ def _opened(file: FileData | bytes | None, flatten_on_white: bool = False) -> Im
 
 
 class _Latest(dict[str, Any]):
-    """The latest uploads: Gradio's editor would keep all of them for ever."""
+    """The latest uploads, MAX_KEPT and MAX_BYTES at most: Gradio's editor would keep all of them for ever."""
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __setitem__(self, key: str, value: EditorDataBlobs) -> None:
         super().__setitem__(key, value)
-        while len(self) > MAX_KEPT:
-            del self[next(iter(self))]
+        room = MAX_BYTES
+        for k, (name, blobs) in enumerate(reversed([*self.items()])):
+            room -= sum(len(part) for part in (blobs.background, *blobs.layers, blobs.composite) if part)
+            if k >= MAX_KEPT or room < 0:
+                self.pop(name, None)
 
 
 def canvas_of(picture: Image.Image) -> Any:

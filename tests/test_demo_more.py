@@ -11,10 +11,11 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
+from gradio.components.image_editor import EditorData, EditorDataBlobs
 from PIL import Image
 
 from demo import cards, drawtab, grid, restore, runcards, shelf
-from demo.editor import CANVAS, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
+from demo.editor import CANVAS, MAX_BYTES, MAX_KEPT, _Latest, _opened, canvas_of, editor, painted
 from demo.lane import Failed, Lane, Step, Waiting
 from demo.vary import HOW_FAR
 from diffusionfm.drawing import Cancelled
@@ -184,8 +185,28 @@ def test_the_editor_opens_with_care_and_forgets():
     assert len(made.blob_storage["a"].layers) == 1
     kept = _Latest()
     for k in range(2 * MAX_KEPT):
-        kept[str(k)] = k
-    assert list(kept.values()) == list(range(MAX_KEPT, 2 * MAX_KEPT))
+        kept[str(k)] = blobs(b"a")
+    assert list(kept) == [str(k) for k in range(MAX_KEPT, 2 * MAX_KEPT)]
+
+
+def blobs(*parts: bytes) -> EditorDataBlobs:
+    return EditorDataBlobs(background=None, layers=[None, *parts], composite=parts[0])
+
+
+def test_paint_that_was_pushed_out_is_missed_and_not_taken_for_none():
+    made, many = editor("Picture", "some-id"), MAX_BYTES // 3
+    made.blob_storage["mine"] = blobs(png())
+    value = made.preprocess(EditorData(id="mine"))
+    assert value["composite"].size == value["layers"][0].size == (8, 8)
+    made.blob_storage["mine"] = blobs(png())
+    for name in ("his", "hers"):
+        made.blob_storage[name] = blobs(bytes(many // 2))
+    assert list(made.blob_storage) == ["mine", "his", "hers"]
+    made.blob_storage["theirs"] = blobs(bytes(many))
+    assert list(made.blob_storage) == ["hers", "theirs"]
+    with pytest.raises(gr.Error, match="no longer here"):
+        made.preprocess(EditorData(id="mine"))
+    assert made.preprocess(None) is None and made.preprocess(EditorData())["layers"] == []
 
 
 def test_paint_is_a_mask_whatever_its_colour_and_wherever_the_picture_lies():
