@@ -150,7 +150,7 @@ def recall(
     pipe = lane.models.engine(model).pipe
     if told.get("model") == model and told.get("model_hash", pipe.model_hash) != pipe.model_hash:
         words.append(
-            f"{model} had other weights, or another precision, when it was drawn: expect another picture"
+            f"{model} had other weights, or another precision, when it was drawn: the picture may differ"
         )
     within = in_range(told)
     for name, value in within.items():

@@ -469,7 +469,10 @@ def test_what_was_drawn_is_drawn_again_from_what_it_tells(studio, rings, recall,
     ("told", "words"),
     [
         ({"model": "photo"}, "The model 'photo' that drew it is not here"),
-        ({"model": "tiny", "model_hash": "0" * 12}, "Tiny had other weights, or another precision, when it"),
+        (
+            {"model": "tiny", "model_hash": "0" * 12},
+            "Tiny had other weights, or another precision, when it was drawn: the picture may differ",
+        ),
         ({"lora": ["squares:0.5"]}, "The adapter squares:0.5 that drew it cannot be had"),
         ({"lora": "rings:9"}, "The adapter rings:9 that drew it cannot be had"),
         ({"lora": ["rings:1", "squares:1"]}, "the adapters rings:1, squares:1, and Create takes one"),
