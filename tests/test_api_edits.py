@@ -77,6 +77,14 @@ def test_variations_read_the_prompt_of_the_picture(api, tiny_pipe):
     assert bare.status_code == 200 and picture(bare.json()["data"][0]).size == (32, 32)
 
 
+def test_a_text_that_reads_true_or_false_is_a_text_and_a_switch_is_none(api):
+    answer = edit(api, prompt="true", negative_prompt="false", metadata="false", stream="false", steps="1")
+    assert answer.status_code == 200, answer.text
+    assert not picture(answer.json()["data"][0]).info
+    told = picture(edit(api, prompt="true", user="false", metadata="true", steps="1").json()["data"][0]).info
+    assert '"prompt": "true"' in str(told)
+
+
 @pytest.mark.parametrize(
     ("endpoint", "files", "fields", "param"),
     [

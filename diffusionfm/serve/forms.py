@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from diffusionfm.edit import Start, start_from
 from diffusionfm.inputs import open_picture
+from diffusionfm.serve.params import WITHOUT_MEANING
 from diffusionfm.serve.refusal import GONE, Refusal
 
 MAX_FORM = 24 * 2**20
@@ -22,7 +23,8 @@ FIELDS = 24
 FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 WHOLE = ("n", "steps", "seed")
 NUMBERS = ("guidance", "strength")
-SWITCHES = {"true": True, "false": False}
+SWITCHES = ("metadata", *WITHOUT_MEANING)
+TRUTH = {"true": True, "false": False}
 
 
 @dataclass
@@ -101,7 +103,7 @@ def _typed(name: str, text: str) -> Any:
         return int(text)
     if name in NUMBERS and re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", text):
         return float(text)
-    return SWITCHES.get(text, text)
+    return TRUTH.get(text, text) if name in SWITCHES else text
 
 
 def read_start(form: Form, width: int, height: int) -> Start:
