@@ -64,6 +64,14 @@ def test_a_run_leaves_a_lora_sheets_and_losses(made):
     assert load_config(FinetuneConfig, out / "config.yaml").rank == 2
 
 
+def test_sheets_tell_the_hash_of_no_weights_but_those_that_drew_all_of_them(made, tiny_model):
+    own = DiffusionFMPipeline.from_pretrained(tiny_model).base_hash
+    for step, expected in {0: own, 2: None, 4: None}.items():
+        with Image.open(made[0] / "samples" / f"{step:07d}.png") as sheet:
+            told = json.loads(sheet.info["diffusionfm"])
+        assert (told.get("model_hash"), told["prompt"]) == (expected, "a red apple")
+
+
 def test_only_the_adapter_is_checkpointed(made):
     out, _, _ = made
     saved = load_file(listing(out)[-1] / "lora.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusionfm.cli import main
 from diffusionfm.finetune import RECORD, FinetuneConfig, finetune
 from diffusionfm.finetune.export import export
-from diffusionfm.finetune.methods import build
+from diffusionfm.finetune.methods import AdapterFlowMatching, FullFlowMatching, build, swapped
 from diffusionfm.lora import CONFIG, WEIGHTS, as_kohya, check_lora, parse_lora, read_folder
 from diffusionfm.pipeline import DiffusionFMPipeline
 from tests.finetune_toys import SHORT, contents, draw_pictures
@@ -141,6 +142,29 @@ def test_a_run_of_another_model_is_not_merged_into_this_one(tiny_model, tmp_path
     with pytest.raises(ValueError, match="trained on another model"):
         export(run, tmp_path / "merged", model=tmp_path / "other")
     assert export(run, tmp_path / "merged", model=tiny_model) <= 1
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_run_loads_back_what_it_leaves(method, tiny_model, tmp_path, monkeypatch):
+    """What does not draw the trained picture is told, and the run is not over; the same command writes it anew."""
+    pictures, said = draw_pictures(tmp_path / "mine", 3), []
+    options = SHORT | {"method": method, "lr": 0.01}
+    write = FullFlowMatching.write if method == "full" else AdapterFlowMatching.write
+
+    def spoil(objective, folder):
+        with swapped(objective.weights, {name: value + 0.3 for name, value in objective.weights.items()}):
+            write(objective, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FullFlowMatching if method == "full" else AdapterFlowMatching, "write", spoil)
+        with pytest.raises(
+            ValueError, match="run does not draw, loaded back, what was trained .* run the same"
+        ):
+            finetune(pictures, tmp_path / "run", model=tiny_model, **options)
+    assert "ended" not in json.loads((tmp_path / "run" / RECORD).read_text())
+    finetune(pictures, tmp_path / "run", model=tiny_model, say=said.append, **options)
+    assert f"loaded back, {tmp_path / 'run'} draws the same picture (within 0 of 255)" in said
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["ended"]
 
 
 # ---- LoRAs that do not fit ---------------------------------------------------------------------------------

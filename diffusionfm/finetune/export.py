@@ -1,4 +1,4 @@
-"""A LoRA taken elsewhere: merged into a whole pipeline folder, or as one file in kohya's names; checked by drawing."""
+"""What a run left, and a LoRA taken elsewhere, merged into a model or as one file of kohya's: checked by drawing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def export(
             write_weights(aside, lora.as_kohya(lora.read_folder(source)), lora.kohya_metadata(source))
             again = DiffusionFMPipeline.from_pretrained(folder, dtype="float32")
             again.load_lora(aside)
-        difference = int(np.abs(_picture(again) - expected).max())
+        difference = _difference(again, expected)
         if difference > TOLERANCE:
             raise ValueError(
                 f"the export draws another picture (by {difference} of 255): nothing was written"
@@ -69,6 +69,23 @@ def export(
             replace_folder(aside, target)
         else:
             os.replace(aside, target)
+    return difference
+
+
+def load_back(out: Path, pipe: DiffusionFMPipeline, model: str | os.PathLike | None, whole: bool) -> int:
+    """By how much, of 255, what a run left at `out` draws another picture than the trained `pipe`.
+
+    It is loaded anew: a LoRA into `model` (None: the shipped one), or, `whole`, as a model itself. ValueError where
+    the pictures are not the same."""
+    again = DiffusionFMPipeline.from_pretrained(out if whole else model, dtype="float32", device=pipe.device)
+    if not whole:
+        again.load_lora(out)
+    difference = _difference(again, _picture(pipe))
+    if difference > TOLERANCE:
+        raise ValueError(
+            f"{out} does not draw, loaded back, what was trained (it differs by {difference} of 255): run the same "
+            "command again, which writes it anew"
+        )
     return difference
 
 
@@ -85,6 +102,10 @@ def merge(pipe: DiffusionFMPipeline) -> None:
         if hasattr(network, "peft_config"):
             del network.peft_config
     pipe.loras.clear()
+
+
+def _difference(pipe: DiffusionFMPipeline, expected: np.ndarray) -> int:
+    return int(np.abs(_picture(pipe) - expected).max())
 
 
 def _picture(pipe: DiffusionFMPipeline) -> np.ndarray:

@@ -66,7 +66,10 @@ class Judge:
         with writing(file):
             sheet = contact_sheet(both, labels, columns=min(4, len(labels)), cell=SHEET_CELL)
             settings = self.pipe.settings()
-            save_png(sheet, file, in_common([self.pipe.describe(p, 0, settings) for p in self.prompts]))
+            told = in_common([self.pipe.describe(p, 0, settings) for p in self.prompts])
+            if step:  # half of it is drawn by other weights than those that were loaded
+                told.pop("model_hash", None)
+            save_png(sheet, file, told)
 
     def draw_best(self) -> None:
         """Draw the best step too, unless that was drawn."""

@@ -22,6 +22,7 @@ from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
 from diffusionfm.devices import pick_device
 from diffusionfm.finetune import pictures
+from diffusionfm.finetune.export import load_back
 from diffusionfm.finetune.judge import Judge
 from diffusionfm.finetune.methods import build
 from diffusionfm.finetune.pictures import Sample, Say
@@ -297,7 +298,12 @@ class Session:
         return bool(self.judge.stopped) or self.trainer.step >= self.cfg.trainer.steps
 
     def finish(self, report: Preflight) -> None:
-        """The sheet of the best step, the record of the end, report.html, and the verdict, said."""
+        """What was exported loaded back, the best step's sheet, the record, report.html, and the verdict, said.
+
+        ValueError, before the run counts as ended, where the export does not draw what was trained."""
+        whole, best = self.cfg.method == "full", self.objective.best
+        with best.in_place(self.objective.weights):
+            difference = load_back(self.out, self.judge.pipe, self.cfg.model, whole)
         steps, patience = _length(self.cfg)
         early, step = bool(self.judge.stopped), self.trainer.step
         why = f"took all {steps} steps"
@@ -312,4 +318,5 @@ class Session:
         write_report(self.out, self.cfg, report, found, why, held_out)
         for line in verdict(found, held_out):
             self.say(line)
+        self.say(f"loaded back, {self.out} draws the same picture (within {difference} of 255)")
         self.say(f"it {why}; the report is {self.out / REPORT}")
