@@ -8,6 +8,7 @@ finds, is here, for it is the page's; that it finds them is seen in test_browser
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import socket
 import sys
@@ -370,6 +371,45 @@ def test_f5_the_cache_is_cleaned_and_bounded(studio, http, drawn, monkeypatch):
     monkeypatch.setattr(gate, "MAX_FOLDER", 100)
     answer = http.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 200)})
     assert answer.status_code == 507 and "no room" in answer.json()["error"]["message"]
+
+
+def test_f5_uploads_under_way_are_counted_and_what_is_taken_away_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "MAX_FOLDER", 1000)
+    monkeypatch.setattr(gate, "SPARE", 0)
+    (tmp_path / gate.TAKEN).mkdir()
+    (tmp_path / gate.TAKEN / "batch.zip").write_bytes(bytes(5000))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.png").write_bytes(bytes(100))
+    answers: list[int] = []
+
+    async def upload(size: int, until: asyncio.Event) -> None:
+        async def app(scope, receive, send):
+            answers.append(200)
+            await until.wait()
+
+        async def send(message):
+            answers.extend([message["status"]] if "status" in message else [])
+
+        outer.app = app
+        head = [(b"host", b"localhost"), (b"content-length", str(size).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/upload", "scheme": "http", "headers": head}
+        await outer(scope | {"client": ("127.0.0.1", 1)}, None, send)
+
+    async def several() -> None:
+        held, free = asyncio.Event(), asyncio.Event()
+        free.set()
+        first = asyncio.create_task(upload(600, held))
+        while not answers:
+            await asyncio.sleep(0.01)
+        await upload(400, free)  # beside 600 that come and 100 that are there
+        await upload(300, free)
+        held.set()
+        await first
+        await upload(400, free)
+
+    outer = gate.Gate(lambda *_: None, Access(), ["/upload"], folder=tmp_path)
+    asyncio.run(several())
+    assert answers == [200, 507, 200, 200] and outer._coming == 0
 
 
 # ------------------------------------------------------------------ uploads and parameters, as far as the page has them

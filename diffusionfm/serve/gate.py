@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ MAX_BODY = 8 * 2**20
 MAX_UPLOAD = 513 * 2**20  # all files of one upload
 MAX_FOLDER = 2 * 2**30  # all uploads there are
 SPARE = 2**30  # of the disk
+TAKEN = "taken"  # the folder among the uploads of what people take away, which is no upload
 
 
 class Gate:
@@ -39,45 +41,60 @@ class Gate:
         folder: Path | None = None,
     ):
         self.app, self.access, self.uploads, self.folder = app, access, uploads, folder
+        self._coming = 0  # bytes of uploads under way
         self.paths, self.open_paths, self.own = _split(paths), _split(open_paths), tuple(own)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+        size = 0
         try:
-            if scope["type"] != "http":
-                raise Refusal(404, "only HTTP is spoken here")
-            self._check(Request(scope))
-        except Refusal as refusal:
-            if scope["type"] == "websocket":
-                return await send({"type": "websocket.close", "code": 1008})
-            return await refusal.response()(scope, receive, send)
-        await self.app(scope, receive, send)
+            try:
+                if scope["type"] != "http":
+                    raise Refusal(404, "only HTTP is spoken here")
+                size = self._check(Request(scope))
+                self._coming += size
+                await self._check_room(size)
+            except Refusal as refusal:
+                if scope["type"] == "websocket":
+                    return await send({"type": "websocket.close", "code": 1008})
+                return await refusal.response()(scope, receive, send)
+            await self.app(scope, receive, send)
+        finally:
+            self._coming -= size
 
-    def _check(self, request: Request) -> None:
-        """Raises Refusal, status 401, 403, 404, 411, 413, 429 or 507."""
+    def _check(self, request: Request) -> int:
+        """How many bytes of uploads the request brings. Raises Refusal, status 401, 403, 404, 411, 413 or 429."""
         path = request.scope["path"]
         caller = request.state.caller = self.access.caller(request, open_to_all=_in(path, self.open_paths))
         if path.startswith(self.own):
-            return
+            return 0
         if not _in(path, self.paths) and not _in(path, self.open_paths):
             raise Refusal(404, "there is nothing here")
         if request.method in ("GET", "HEAD", "OPTIONS"):
-            return
+            return 0
         if wait := self.access.rate.take(caller):
             raise Refusal(429, "too many requests: slow down", retry_after=wait)
-        self._check_size(path, request.headers.get("content-length", ""))
+        size = _size(
+            request.headers.get("content-length", ""), MAX_UPLOAD if path == self.uploads else MAX_BODY
+        )
+        return size if path == self.uploads else 0
 
-    def _check_size(self, path: str, length: str) -> None:
-        if not length.isdigit():
-            raise Refusal(411, "say how long the body is: Content-Length")
-        most = MAX_UPLOAD if path == self.uploads else MAX_BODY
-        if int(length) > most:
-            raise Refusal(413, f"that is too large: {most // 2**20} MiB at most at a time")
-        if path != self.uploads or self.folder is None:
+    async def _check_room(self, size: int) -> None:
+        """Raises Refusal, status 507, where so much does not fit beside the uploads there are and those under way."""
+        if not size or self.folder is None:
             return
-        if not has_room(self.folder, int(length), MAX_FOLDER):
+        if not await asyncio.to_thread(has_room, self.folder, self._coming, MAX_FOLDER, TAKEN):
             raise Refusal(507, "there is no room for more files now: try again in an hour")
+
+
+def _size(length: str, most: int) -> int:
+    """A body's size as it was announced."""
+    if not length.isdigit():
+        raise Refusal(411, "say how long the body is: Content-Length")
+    if int(length) > most:
+        raise Refusal(413, f"that is too large: {most // 2**20} MiB at most at a time")
+    return int(length)
 
 
 def _split(paths: Sequence[str]) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -90,12 +107,16 @@ def _in(path: str, known: tuple[frozenset[str], tuple[str, ...]]) -> bool:
     return path in known[0] or path.startswith(known[1])
 
 
-def has_room(folder: Path, size: int, most: int) -> bool:
-    """Whether so many bytes more may lie in the folder: `most` altogether, and SPARE of the disk stays free."""
+def has_room(folder: Path, size: int, most: int, beside: str = "") -> bool:
+    """Whether so many bytes more may lie in the folder: `most` altogether, and SPARE of the disk stays free.
+
+    beside: a folder in it that is not counted."""
     if not folder.is_dir():
         return True
     held = 0
-    for place, _, names in os.walk(folder):
+    for place, inside, names in os.walk(folder):
+        if beside in inside and Path(place) == folder:
+            inside.remove(beside)
         for name in names:
             with suppress(FileNotFoundError):  # it was deleted meanwhile
                 held += os.lstat(os.path.join(place, name)).st_size
