@@ -285,6 +285,42 @@ def test_bad_zips_are_refused_by_name_and_leave_nothing(spoil, words, draft, tmp
     assert not (tmp_path / "evil.png").exists()
 
 
+def zips_of(folder: Path, place: Path) -> list[str]:
+    """A zip of each picture."""
+    made = []
+    for path in sorted(folder.glob("*.[pj]*g")):
+        made.append(str(place / f"{path.stem}.zip"))
+        with zipfile.ZipFile(made[-1], "w") as archive:
+            archive.write(path, path.name)
+    return made
+
+
+def test_the_limits_are_those_of_an_upload_and_not_of_each_zip(draft, tmp_path, monkeypatch):
+    folder = draw_pictures(tmp_path / "mine", 4)
+    zips = zips_of(folder, tmp_path)
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.[pj]*g"))]
+    monkeypatch.setattr(dataset, "MOST_BYTES", sum(sizes))
+    dataset.take_in(draft, zips)
+    held = sorted(path.relative_to(draft.folder) for path in draft.folder.rglob("*"))
+    for name, most, words in (
+        ("MOST_BYTES", sum(sizes) - 1, "at most"),
+        ("MOST_PICTURES", 2, "3 pictures: the studio takes 2"),
+        ("SPARE", 2**80, "than there is room for"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=words):
+            patch.setattr(dataset, name, most)
+            dataset.take_in(draft, zips)
+        assert sorted(path.relative_to(draft.folder) for path in draft.folder.rglob("*")) == held
+    texts = tmp_path / "texts.zip"
+    with zipfile.ZipFile(texts, "w") as archive:
+        for k in range(110):
+            archive.writestr(f"{k}.txt", "a")
+    monkeypatch.setattr(dataset, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(dataset, "MOST_PICTURES", 4)
+    with pytest.raises(ValueError, match="114 files for 4 pictures: leave out"):
+        dataset.take_in(draft, [*zips, str(texts)])
+
+
 def test_files_that_are_no_pictures_are_refused(draft, tmp_path, monkeypatch):
     (tmp_path / "a.svg").write_text("<svg/>")
     (tmp_path / "a.txt").write_text("a red apple")
