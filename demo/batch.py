@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
 
 from diffusionfm.batch import jobs
 from diffusionfm.batch.options import Options
@@ -29,11 +28,12 @@ from .lane import Lane, Update
 from .processes import Command, ask
 from .request import small
 from .runs import Run, State
-from .runtab import HIDDEN, RunTab, told, waiting
+from .runtab import HIDDEN, RunTab, packed, told, turn_of, waiting
 
 MOST = 10_000  # pictures of a run in the studio, and its work in pictures of the model's own size and steps
 LIVE = 12  # pictures shown while it draws
 SETTINGS = ("repeats", "seed", "format", "to", "adapter", "weight", "model")
+NUMBERS = {"repeats": "pictures a row", "seed": "the seed of the run", "weight": "the adapter's weight"}
 
 
 def batch(lane: Lane) -> None:
@@ -63,18 +63,23 @@ class Tab(RunTab):
     def write(self, person: str, key: str, rows: str, file: str | None, *chosen: Any) -> Run:
         """The draft that is open, or a new one, with what is asked for checked and counted; else ValueError."""
         settings = dict(zip(SETTINGS, chosen, strict=True))
+        for name, what in NUMBERS.items():
+            if settings[name] is None:
+                raise ValueError(f"{what} is empty: write a number there")
         title = Path(file).stem if file else rows.strip().split("\n")[0][:40]
-        run = self.draft(person, key) or self.runs.new(person, self.kind, title)
+        draft = self.draft(person, key)
+        run = draft or self.runs.new(person, self.kind, title)
         try:
             source = _source(run, rows, file)
             command = self._command(person, run, source, settings)
             found = Rows(source, most=MOST // int(settings["repeats"]))
             flagged = self._flagged(found, settings)
             total = len(found) * int(settings["repeats"])
-        except ValueError:
-            self.runs.delete(run)
+            run.keep(flagged=flagged, rows=rows, settings=settings, total=total, command=command)
+        except BaseException:
+            if draft is None:
+                self.runs.delete(run)
             raise
-        run.keep(flagged=flagged, rows=rows, settings=settings, total=total, command=command)
         return run
 
     def _flagged(self, rows: Rows, settings: dict[str, Any]) -> list[str]:
@@ -109,7 +114,7 @@ class Tab(RunTab):
         worn = chosen(self.lane, person, settings["adapter"], settings["weight"], pipe)
         model = Path(pipe.config["_name_or_path"]).resolve()
         many, start, device = str(int(repeats)), str(int(seed)), pipe.device.type
-        command = ["batch", str(source), "--out", str(run.out), "--n", many, "--seed", start]
+        command = ["batch", run.inside(source), "--out", run.inside(run.out), "--n", many, "--seed", start]
         command += ["--format", form, "--to", to, "--model", str(model), "--device", device]
         command += [] if self.lane.metadata else ["--no-metadata"]
         command += ["--fast"] if pipe.fast else []
@@ -124,7 +129,7 @@ class Tab(RunTab):
         run = self.write(person, key, *asked)
         told = {self.at.status: note("Counting, and timing a trial …"), self.at.said: "Counting."}
         yield self._drafted(person, run) | told
-        code, said, problem = ask([*run.facts["command"], "--dry-run"])
+        code, said, problem = ask(run.folder, [*run.facts["command"], "--dry-run"])
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         run.keep(plan=lines)
         yield {
@@ -134,14 +139,14 @@ class Tab(RunTab):
         }
 
     @told
-    def start(self, person: str, key: str, *asked: Any) -> Update:
+    def start(self, person: str, key: str, request: gr.Request, *asked: Any) -> Update:
         """Draw the rows, or take up the batch that was stopped: the same command again."""
         run = self.runs.get(person, self.kind, key)
         if run is None or self.runs.state(run).word == "draft":
             run = self.write(person, key, *asked)
         command = run.facts["command"]
         again = ["--retry-failed"] if self.runs.state(run).word == "failed" else []
-        self.runs.start(run, [[*command, *again]])
+        self.runs.start(run, [[*command, *again]], turn_of(request, run))
         return self.shown(person, run)
 
     # -------------------------------------------------------------- what is seen
@@ -210,12 +215,11 @@ class Tab(RunTab):
     def _taken(self, run: Run) -> gr.File:
         """What was drawn, to take away: a zip, or the shards."""
         if run.facts["settings"]["to"] == "folder":
-            files = [run.folder / f"{run.slug}.zip"]
-            _pack(run.out, files[0])
+            files = [packed(run, run.folder / f"{run.slug}.zip", _made(run), zipfile.ZIP_STORED)]
         else:
             names = ("*.tar", "*.parquet", "manifest.jsonl")
             files = [file for name in names for file in sorted(run.out.glob(name))]
-        return gr.File([save_file_to_cache(file, self.at.take.GRADIO_CACHE) for file in files], visible=True)
+        return self.handed(files)
 
 
 def _source(run: Run, rows: str, file: str | None) -> Path:
@@ -246,9 +250,8 @@ def _pictures(run: Run, found: Look) -> str:
     return hidden or (runcards.sheet(sheet, "The first pictures") if sheet.is_file() else "")
 
 
-def _pack(out: Path, target: Path) -> None:
-    """A zip of a batch's folder; pictures are compressed already."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(out.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                archive.write(path, f"{target.stem}/{path.relative_to(out)}")
+def _made(run: Run) -> Iterator[tuple[Path, str]]:
+    """The files of a batch's folder, and their names in its zip."""
+    for path in sorted(run.out.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            yield path, f"{run.slug}/{path.relative_to(run.out)}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
 
 from diffusionfm.data.captions import TRIGGER
 from diffusionfm.finetune import RECORD, configure, load_preset
@@ -30,8 +29,9 @@ from .finetune_controls import EMPTY, Controls, lay_out
 from .lane import Lane, Update
 from .processes import Command
 from .runs import Run, State
-from .runtab import HIDDEN, RunTab, told, waiting
+from .runtab import HIDDEN, RunTab, packed, told, turn_of, waiting
 
+FORM = ("name", "missing", "trigger", "preset", "method", "steps", "prior")  # what a draft keeps
 SHEETS = 6  # a run draws about so many
 TO_CREATE = "() => document.querySelector('#tabs button[role=tab]').click()"
 
@@ -44,13 +44,19 @@ def finetune(lane: Lane) -> None:
     everything, who, model = [*at.all(), *pickers], [lane.person, at.key], lane.model.choice
     captions = [at.missing, at.trigger]
     slow = HIDDEN | {"show_progress": "minimal", "concurrency_limit": 4}
-    at.files.upload(tab.take, [*who, at.files, at.name, *captions, model], everything, **slow)
+    form = [getattr(at, name) for name in FORM]
+    kept: dict[str, Any] = {"fn": tab.keep, "inputs": [*who, *form], "outputs": None, **HIDDEN}
+    taken = at.files.upload(tab.take, [*who, at.files, at.name, *captions, model], everything, **slow)
+    taken.success(**kept)
+    gr.on([part.input for part in form if part is not at.preset], trigger_mode="always_last", **kept)
+    at.table.input(tab.edit, [*who, at.table], None, trigger_mode="always_last", **HIDDEN)
     at.missing.input(tab.look, [*who, at.table, at.missing], everything, **HIDDEN)
     settings = [at.name, at.preset, at.method, at.steps, at.prior, *captions, model]
     at.start.click(tab.start, [*who, at.table, *settings], everything, trigger_mode="once", **HIDDEN)
-    at.preset.input(
+    usual = at.preset.input(
         lambda preset: load_preset(preset).trainer.steps, at.preset, at.steps, queue=False, **HIDDEN
     )
+    usual.then(**kept)  # with its steps
     drawn_with = at.use.click(tab.use, [*who, model], models.following(lane), **HIDDEN)
     drawn_with.then(None, models.kept(lane), js=models.KEEP, **QUIET).then(None, js=TO_CREATE, **QUIET)
     tab.wire(everything)
@@ -74,30 +80,47 @@ class Tab(RunTab):
     ) -> Update:  # fmt: skip
         """Pictures were uploaded: into the draft that is open, or a new one."""
         size = self.lane.models.engine(model).pipe.defaults["height"]
-        run = self.draft(person, key) or self.runs.new(person, self.kind, name)
+        draft = self.draft(person, key)
+        run = draft or self.runs.new(person, self.kind, name)
+        asked = {"missing": missing, "trigger": trigger}
         try:
             take_in(run, files)
-        except ValueError:
-            self.runs.delete(run)
+            form = run.facts.get("form", {}) | asked | {"name": name}
+            run.keep(settings=asked, form=form, edited={}, size=size)
+        except BaseException:
+            if draft is None:
+                self.runs.delete(run)
             raise
-        run.keep(settings={"missing": missing, "trigger": trigger}, size=size)
         return self.shown(person, run)
+
+    @told
+    def keep(self, person: str, key: str, *form: Any) -> None:
+        """What is asked for was changed: a draft keeps it over a reload."""
+        run = self.draft(person, key)
+        if run is not None:
+            run.keep(form=dict(zip(FORM, form, strict=True)))
+
+    @told
+    def edit(self, person: str, key: str, rows: Rows) -> None:
+        """A caption was changed: a draft keeps it over a reload."""
+        run = self.draft(person, key)
+        if run is not None:
+            run.keep(edited=_edited(run, rows))
 
     @told
     def look(self, person: str, key: str, rows: Rows, missing: str) -> Update:
         """How captions are found was changed: look again, unless training has begun. What was edited stays so."""
         run = self.draft(person, key)
-        if run is None:
+        if run is None or "settings" not in run.facts:
             return self.same
-        found = dict(run.facts["found"])
-        run.keep(settings=run.facts["settings"] | {"missing": missing})
-        return self._report(run, {name: text for name, text in rows if found.get(name) != text})
+        run.keep(settings=run.facts["settings"] | {"missing": missing}, edited=_edited(run, rows))
+        return self._report(run)
 
-    def _report(self, run: Run, edited: dict[str, str] | None = None) -> Update:
+    def _report(self, run: Run) -> Update:
         facts, own = run.facts, self.lane.pipe.defaults["height"]
         report, found, sheet = look_through(run, facts.get("size", own), facts["settings"]["missing"])
         run.keep(report=[report.summary(), report.faults()], found=found)
-        rows = [[name, (edited or {}).get(name, text)] for name, text in found]
+        rows = [[name, facts.get("edited", {}).get(name, text)] for name, text in found]
         return {
             self.at.report: runcards.lines("What is there", report.summary(), report.faults()),
             self.at.stage: runcards.sheet(sheet, "Your pictures, as they are learned") if sheet else EMPTY,
@@ -110,14 +133,16 @@ class Tab(RunTab):
 
     @told
     def start(
-        self, person: str, key: str, rows: Rows, name: str, preset: str, method: str, steps: int, prior: bool,
-        missing: str, trigger: str, model: str | None = None,
+        self, person: str, key: str, request: gr.Request, rows: Rows, name: str, preset: str, method: str,
+        steps: int | None, prior: bool, missing: str, trigger: str, model: str | None = None,
     ) -> Update:  # fmt: skip
         """Train on the draft that is open, or take up the run that was stopped: the same commands again."""
         run = self.runs.get(person, self.kind, key)
         if run is None:
             raise ValueError("upload some pictures first")
         if self.runs.state(run).word == "draft":
+            if steps is None:
+                raise ValueError("the steps are empty: write how many it may take at most")
             chosen = {
                 "missing": missing, "trigger": trigger.strip(), "preset": preset, "method": method,
                 "steps": int(steps), "prior": prior,
@@ -127,7 +152,7 @@ class Tab(RunTab):
             pipe = self.lane.models.engine(model).pipe
             commands, name = self._commands(run, chosen, pipe), name.strip()[:60] or "my style"
             run.keep(name=name, settings=chosen, commands=commands, model=pipe.model_name)
-        self.runs.start(run, run.facts["commands"])
+        self.runs.start(run, run.facts["commands"], turn_of(request, run))
         return self.shown(person, run)
 
     def _check(self, run: Run, rows: Rows, chosen: dict[str, Any]) -> None:
@@ -140,13 +165,14 @@ class Tab(RunTab):
     def _commands(self, run: Run, chosen: dict[str, Any], pipe: DiffusionFMPipeline) -> list[Command]:
         """The command lines that train on a model, and that make a file for other programs."""
         model = ["--model", str(Path(pipe.config["_name_or_path"]).resolve())]
-        train = ["finetune", str(pictures_of(run)), "--out", str(run.out), *model]
+        out = run.inside(run.out)
+        train = ["finetune", run.inside(pictures_of(run)), "--out", out, *model]
         train += ["--preset", chosen["preset"], "--method", chosen["method"], "--steps", str(chosen["steps"])]
         train += ["--sample-every", str(max(1, chosen["steps"] // SHEETS))]
         train += ["--captions", "skip" if chosen["missing"] == "skip" else "refuse"]
         train += [f"--trigger={chosen['trigger']}"] if chosen["trigger"] else []
         train += ["--prior", "1"] if chosen["prior"] else []
-        return [train, ["export", str(run.out), "--to", "kohya", "--out", str(_kohya(run)), *model]]
+        return [train, ["export", out, "--to", "kohya", "--out", run.inside(_kohya(run)), *model]]
 
     # -------------------------------------------------------------- which run
 
@@ -176,7 +202,8 @@ class Tab(RunTab):
     def shown(self, person: str, run: Run) -> Update:
         """All of a run."""
         at, facts, is_draft = self.at, run.facts, self.runs.state(run).word == "draft"
-        values = {at.name: facts["name"]} | {getattr(at, name): v for name, v in facts["settings"].items()}
+        asked = {"name": facts["name"]} | facts["settings"] | (facts.get("form", {}) if is_draft else {})
+        values = {getattr(at, name): value for name, value in asked.items()}
         shown: Update = {at.key: run.key, at.seen: (), at.curves: "", at.status: "", at.stage: ""}
         shown |= self.listed(person, run) | self.filled(is_draft, values) | self._taken(None)
         if is_draft:
@@ -228,12 +255,15 @@ class Tab(RunTab):
         """The files to take away of a run that is done; of None, none."""
         if run is None:
             return {self.at.take: gr.File(visible=False), self.at.use: gr.Button(visible=False)}
-        packed = run.folder / f"{_kohya(run).stem}-lora.zip"
-        if not packed.is_file():
-            _pack(run.out, packed)
-        files = [file for file in (packed, _kohya(run), run.out / REPORT) if file.is_file()]
-        kept = [save_file_to_cache(file, self.at.take.GRADIO_CACHE) for file in files]
-        return {self.at.take: gr.File(kept, visible=True), self.at.use: gr.Button(visible=True)}
+        lora = packed(run, run.folder / f"{run.slug}-lora.zip", _made(run), zipfile.ZIP_DEFLATED)
+        files = [file for file in (lora, _kohya(run), run.out / REPORT) if file.is_file()]
+        return {self.at.take: self.handed(files), self.at.use: gr.Button(visible=True)}
+
+
+def _edited(run: Run, rows: Rows) -> dict[str, str]:
+    """The captions of a table that are not as they were found, by picture."""
+    found = dict(run.facts.get("found", []))
+    return {name: text for name, text in rows if found.get(name) != text}
 
 
 def _kohya(run: Run) -> Path:
@@ -241,18 +271,8 @@ def _kohya(run: Run) -> Path:
     return run.folder / f"{run.slug}.safetensors"
 
 
-def _pack(out: Path, target: Path) -> None:
-    """A zip of a LoRA's folder: the adapter, and what tells how it came to be."""
-    names = [
-        CONFIG,
-        WEIGHTS,
-        f"text_encoder/{CONFIG}",
-        f"text_encoder/{WEIGHTS}",
-        RECORD,
-        "config.yaml",
-        REPORT,
-    ]
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
-            if (out / name).is_file():
-                archive.write(out / name, f"{target.stem.removesuffix('-lora')}/{name}")
+def _made(run: Run) -> list[tuple[Path, str]]:
+    """The files of a LoRA and what tells how it came to be, and their names in its zip."""
+    told = [f"text_encoder/{CONFIG}", f"text_encoder/{WEIGHTS}", RECORD, "config.yaml", REPORT]
+    names = [CONFIG, WEIGHTS, *told]
+    return [(run.out / name, f"{run.slug}/{name}") for name in names if (run.out / name).is_file()]

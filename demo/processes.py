@@ -23,24 +23,29 @@ Command = list[str]
 
 
 def begun(folder: Path, command: Command) -> subprocess.Popen:
-    """`diffusionfm COMMAND` as a process of its own. It inherits the folder's lock, and holds it while it lives."""
+    """`diffusionfm COMMAND` as a process of its own, inside the folder, whose lock it holds while it lives."""
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(open(folder / "lock", "w"))
         log, errors = (stack.enter_context(open(folder / name, "ab")) for name in ("log.txt", "errors.txt"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         process = subprocess.Popen(
             _line(command), stdin=subprocess.DEVNULL, stdout=log, stderr=errors, pass_fds=[lock.fileno()],
-            start_new_session=True, env=_environment(),
+            start_new_session=True, env=_environment(), cwd=folder,
         )  # fmt: skip
-    write_atomic(folder / PID, str(process.pid).encode())
+    try:
+        write_atomic(folder / PID, str(process.pid).encode())
+    except OSError:  # nobody could stop it
+        process.kill()
+        process.wait()
+        raise
     return process
 
 
-def ask(command: Command) -> tuple[int, str, str]:
-    """Run a short command to its end: its exit code, what it said, and why it failed."""
+def ask(folder: Path, command: Command) -> tuple[int, str, str]:
+    """Run a short command inside a folder to its end: its exit code, what it said, and why it failed."""
     process = subprocess.Popen(
         _line(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=_environment(),
+        env=_environment(), cwd=folder,
     )  # fmt: skip
     said, errors = process.communicate()
     lines = errors.strip().splitlines() or [""]
@@ -55,7 +60,8 @@ def _line(command: Command) -> list[str]:
 def _environment() -> dict[str, str]:
     package = str(Path(diffusionfm.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # PYTHONSAFEPATH: nothing in the folder that it runs in is taken for a module
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
 
 def end(folder: Path) -> None:
@@ -81,9 +87,8 @@ def _signal(process: str, number: int) -> None:
 
 
 def is_locked(folder: Path) -> bool:
-    if not (folder / "lock").is_file():
-        return False
-    with open(folder / "lock") as lock:
+    """Whether a process holds a folder's lock; one that is not there, nobody does."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / "lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,19 +1,23 @@
 """Long runs of the library's commands, one at a time: processes in people's own folders, which outlive a page.
 
 ROOT/PERSON/KEY/ holds run.json (what was asked for), state.json (how it ended), log.txt, errors.txt, and what the
-run reads and makes. PERSON is a secret that only a browser knows, so nobody finds another's runs.
+run reads and makes; its commands run inside of it. PERSON is the hash of a secret that only a browser knows, so nobody
+finds another's runs, and no path tells the secret.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
-import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,14 @@ def is_person(text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
+def hidden(person: str) -> str:
+    """What a person's folder is called: the secret cannot be told from it, nor does it stand for the secret."""
+    return hashlib.sha256(person.encode()).hexdigest()
+
+
+_keeping = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Run:
     """A run and its folder."""
@@ -52,7 +64,7 @@ class Run:
 
     @property
     def person(self) -> str:
-        """Whose it is."""
+        """Whose it is, `hidden`."""
         return self.folder.parent.name
 
     @property
@@ -65,6 +77,10 @@ class Run:
         """Where the command writes: a folder of the run's name, which an adapter takes from it."""
         return self.folder / "made" / self.slug
 
+    def inside(self, path: Path) -> str:
+        """A path of its folder as its commands are told it."""
+        return str(path.relative_to(self.folder))
+
     @property
     def facts(self) -> dict[str, Any]:
         """What it is: kind, name, created, and whatever the tab put there."""
@@ -72,7 +88,14 @@ class Run:
 
     def keep(self, **facts: Any) -> None:
         """Add to the facts."""
-        _write(self.folder / "run.json", self.facts | facts)
+        with _keeping:
+            _write(self.folder / "run.json", self.facts | facts)
+
+    @property
+    def ended(self) -> int:
+        """When it ended, in nanoseconds; 0 where it has not, or nobody saw it."""
+        state = self.folder / "state.json"
+        return state.stat().st_mtime_ns if state.is_file() else 0
 
     @property
     def said(self) -> str:
@@ -101,13 +124,21 @@ class State:
         return self.word in ("waiting", "running")
 
 
+@dataclass(frozen=True, order=True)
+class Place:
+    """A run's in the lane: its number, and whose turn it takes."""
+
+    number: float
+    turn: str = field(compare=False)
+
+
 class Runs:
     """All runs below a folder, and the lane in which one after the other goes, people taking turns."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
         self._turns, self._now = Turns(), 0.0  # the number of the run that had its turn last
-        self._waiting: dict[Run, float] = {}  # and their numbers, in the order of their coming
+        self._waiting: dict[Run, Place] = {}  # in the order of their coming
         self._current: Run | None = None
         self._is_begun = False
         self._stopped: set[Run] = set()
@@ -127,7 +158,9 @@ class Runs:
             )
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or kind
         run = Run(self._home(person) / f"{slug}-{secrets.token_hex(4)}")
-        run.folder.mkdir(parents=True, mode=0o700)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in (self.root, run.folder.parent, run.folder):
+            _shut(folder)
         run.keep(kind=kind, name=name.strip()[:60] or kind, created=time.time())
         return run
 
@@ -135,9 +168,9 @@ class Runs:
         """A person's runs, the latest first; of one kind alone where that is given."""
         if not is_person(person) or not self._home(person).is_dir():
             return []
-        found = [Run(path) for path in self._home(person).iterdir() if (path / "run.json").is_file()]
-        runs = sorted(found, key=lambda run: -run.facts["created"])
-        return [run for run in runs if kind in ("", run.facts["kind"])]
+        runs = [Run(path) for path in self._home(person).iterdir() if not path.name.startswith(".")]
+        told = [(facts["created"], run) for run in runs if _fits(facts := run.facts, kind)]
+        return [run for _, run in sorted(told, key=lambda one: -one[0])]
 
     def get(self, person: str, kind: str, key: str | None) -> Run | None:
         """That run of that person."""
@@ -145,31 +178,43 @@ class Runs:
 
     def delete(self, run: Run) -> None:
         """Remove a run and all that it made. ValueError while it goes on."""
-        if self.state(run).busy:
-            raise ValueError("stop it first")
-        shutil.rmtree(run.folder)
+        with self._changed:  # so that nobody starts it meanwhile
+            if self.state(run).busy:
+                raise ValueError("stop it first")
+            run.folder.rename(run.folder.with_name(f".{run.key}"))
+        for gone in run.folder.parent.glob(".*"):  # of a studio that ended meanwhile too
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _home(self, person: str) -> Path:
         if not is_person(person):
             raise ValueError("this page does not know whose it is: load it again")
-        return (self.root / person).resolve()
+        home, old = (self.root / hidden(person)).resolve(), (self.root / person).resolve()
+        if old.is_dir():
+            with self._changed:
+                _move(old, home)
+        return home
 
     # -------------------------------------------------------------- the lane
 
-    def start(self, run: Run, commands: list[Command]) -> None:
-        """Queue the commands of a run, arguments of `diffusionfm`; the same again takes up one that was stopped."""
+    def start(self, run: Run, commands: list[Command], turn: str = "") -> None:
+        """Queue the commands of a run, arguments of `diffusionfm`; the same again takes up one that was stopped.
+
+        turn: whose place and turn it takes; "" for the person's own."""
+        turn = turn or run.person
         with self._changed:
+            if not run.folder.is_dir():
+                raise ValueError("it was deleted meanwhile: begin another")
             if self.state(run).busy or self._closing:
                 raise ValueError("it is under way already")
             if len(self._waiting) >= MOST_WAITING:
                 raise ValueError(f"{MOST_WAITING} trainings and batches are waiting: try again later")
-            if sum(other.person == run.person for other in self._waiting) >= MOST_WAITING_EACH:
+            if sum(place.turn == turn for place in self._waiting.values()) >= MOST_WAITING_EACH:
                 raise ValueError(
                     f"{MOST_WAITING_EACH} of yours are waiting already: start it once one has its turn"
                 )
             run.keep(commands=commands)
             (run.folder / "state.json").unlink(missing_ok=True)
-            self._waiting[run] = self._turns.take(run.person, 1.0, self._now)
+            self._waiting[run] = Place(self._turns.take(turn, 1.0, self._now), turn)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="runs", daemon=True)
                 self._worker.start()
@@ -205,7 +250,7 @@ class Runs:
         run = self._current
         if run is None:
             return ""
-        what = "A training is" if run.facts["kind"] == "finetune" else "A batch is"
+        what = "A training is" if run.facts.get("kind") == "finetune" else "A batch is"
         return f"{what} under way: it steps back for drawings, which still take longer."
 
     def close(self) -> None:
@@ -224,21 +269,27 @@ class Runs:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._current = None
+                self._current, self._is_begun = None, False
                 while not self._waiting and not self._closing:
                     self._changed.wait()
                 if self._closing:
                     return
                 run = self._current = self._in_turn()[0]
-                self._now = self._waiting.pop(run)
+                self._now = self._waiting.pop(run).number
             try:
                 word = self._go(run)
-                with self._changed:
-                    word = "stopped" if run in self._stopped and word != "done" else word
-                    self._stopped.discard(run)
+            except Exception as error:  # whatever is wrong with one must not end the lane for all
+                traceback.print_exc()
+                word = "failed"
+                with suppress(OSError), open(run.folder / "errors.txt", "a", encoding="utf-8") as file:
+                    file.write(f"error: it could not be run: {error or type(error).__name__}\n")
+            with self._changed:
+                word = "stopped" if run in self._stopped and word != "done" else word
+                self._stopped.discard(run)
+            try:
                 _write(run.folder / "state.json", {"word": word})
-            except OSError as error:  # a full disk must not end the lane
-                print(f"{run.folder}: {error}", file=sys.stderr)
+            except OSError:  # the disk is full
+                traceback.print_exc()
 
     def _go(self, run: Run) -> str:
         for command in run.facts["commands"]:
@@ -259,7 +310,41 @@ class Runs:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a file tells; nothing where there is none, or a broken one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _fits(facts: dict[str, Any], kind: str) -> bool:
+    """Whether these are the facts of a run, and of that kind where one is given."""
+    whole = isinstance(facts.get("created"), int | float) and "name" in facts
+    return whole and kind in ("", facts.get("kind"))
+
+
+def _shut(folder: Path) -> None:
+    """See to a folder that its owner alone may look into."""
+    folder.mkdir(exist_ok=True, mode=0o700)
+    with suppress(PermissionError):  # it is another's, who lends it
+        os.chmod(folder, 0o700)
+
+
+def _move(old: Path, home: Path) -> None:
+    """Move a person's runs from a folder that an older studio named by the secret, which their files tell no more."""
+    _shut(home)
+    for folder in old.iterdir():
+        if is_locked(folder):
+            continue  # it goes on there
+        for name in ("run.json", "made/*/config.yaml", "made/*/report.html"):
+            for file in folder.glob(name):
+                write_atomic(file, file.read_bytes().replace(old.name.encode(), home.name.encode()))
+        for packed in folder.glob("*.zip"):
+            packed.unlink()  # it is packed again
+        folder.rename(home / folder.name)
+    with suppress(OSError):
+        old.rmdir()
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

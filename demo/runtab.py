@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+
+from diffusionfm.serve.access import Access
+from diffusionfm.serve.gate import TAKEN
 
 from .cards import note
 from .lane import REFUSED, Lane, Update
@@ -34,6 +43,11 @@ def told(event: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def turn_of(request: gr.Request, run: Run) -> str:
+    """Whose turn a run takes: the login's or the key's, or where there is none that of its person at an address."""
+    return Access.turn(request.state.caller, run.person)
+
+
 class RunTab:
     """A tab around runs of one kind. A run is known by its person and its key.
 
@@ -51,7 +65,7 @@ class RunTab:
         raise NotImplementedError
 
     def shown(self, person: str, run: Run) -> Update:
-        """All of a run."""
+        """All of a run that has settings."""
         raise NotImplementedError
 
     def progress(self, person: str, run: Run, seen: tuple) -> Update:
@@ -93,14 +107,22 @@ class RunTab:
     @told
     def open(self, person: str, key: str) -> Update:
         """Show a run of this person."""
-        run = self.runs.get(person, self.kind, key)
-        return self.fresh(person) if run is None else self.shown(person, run)
+        return self.page(person, self.runs.get(person, self.kind, key))
 
     def reopen(self, person: str) -> Update:
         """A page that is opened: the run under way, or else the latest."""
         runs = self.runs.all(person, self.kind)
         run = next((run for run in runs if self.runs.state(run).busy), runs[0] if runs else None)
-        return self.fresh(person) if run is None else self.shown(person, run)
+        return self.page(person, run)
+
+    def page(self, person: str, run: Run | None) -> Update:
+        """All of a run, or an empty page; of one whose making broke off, an empty page that can be filled again."""
+        if run is None:
+            return self.fresh(person)
+        if "settings" not in run.facts:
+            shown = {self.at.key: run.key, self.at.delete: gr.Button(interactive=True)}
+            return self.fresh(person) | self.listed(person, run) | shown
+        return self.shown(person, run)
 
     @told
     def delete(self, person: str, key: str) -> Update:
@@ -119,6 +141,11 @@ class RunTab:
         return self.progress(person, run, tuple(seen))
 
     # -------------------------------------------------------------- parts of what is shown
+
+    def handed(self, files: list[Path]) -> gr.File:
+        """Files to take away: copies that are not counted for uploads."""
+        place = str(Path(self.at.take.GRADIO_CACHE) / TAKEN)
+        return gr.File([save_file_to_cache(file, place) for file in files], visible=True)
 
     def buttons(self, state: State, may: bool = True, there: bool = True) -> Update:
         """The buttons of a state, and the clock; may: whether a draft can be begun."""
@@ -144,6 +171,25 @@ class RunTab:
         """The person's runs, this one open."""
         mine = [(each.facts["name"], each.key) for each in self.runs.all(person, self.kind)]
         return {self.at.mine: gr.Dropdown(choices=mine, value=run.key if run else None)}
+
+
+_packing = threading.Lock()
+
+
+def packed(run: Run, target: Path, files: Iterable[tuple[Path, str]], how: int) -> Path:
+    """A zip of files, (file, its name inside), made whole or not at all, and once for each time that the run ended."""
+    with _packing:
+        ended = run.ended  # before the files are read: what goes on meanwhile ends later
+        if ended and target.is_file() and target.stat().st_mtime_ns == ended:
+            return target
+        with tempfile.TemporaryDirectory(dir=run.folder, prefix=".") as place:
+            made = Path(place) / target.name
+            with zipfile.ZipFile(made, "w", how) as archive:
+                for file, name in files:
+                    archive.write(file, name)
+            os.utime(made, ns=(ended, ended))  # by which it is known
+            os.replace(made, target)
+    return target
 
 
 def waiting(state: State) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import zipfile
 from pathlib import Path
@@ -41,7 +42,7 @@ def until(lane: Runs, run: Run, *words: str, seconds: float = 60) -> State:
 def test_people_find_their_own_runs_alone(lane, tmp_path):
     me, you = new_person(), new_person()
     mine = lane.new(me, "finetune", "My Style!")
-    assert mine.key.startswith("my-style-") and mine.folder.parent.name == me
+    assert mine.key.startswith("my-style-") and mine.folder.parent.name == mine.person
     assert lane.all(me) == [mine] and lane.all(me, "batch") == [] and lane.all(you) == []
     assert lane.get(me, "finetune", mine.key) == mine and lane.get(you, "finetune", mine.key) is None
     assert lane.state(mine) == State("draft")
@@ -52,6 +53,37 @@ def test_people_find_their_own_runs_alone(lane, tmp_path):
             lane.new(bad, "finetune", "x")
     for bad in ("..", "", None, "../" + mine.key):
         assert lane.get(me, "finetune", bad) is None
+
+
+def test_no_path_tells_the_secret_and_no_other_user_lists_it(lane, sleeper):
+    me = new_person()
+    run = lane.new(me, "batch", "a")
+    assert me not in str(run.folder) and not runs.is_person(run.person) and lane.all(run.person[:32]) == []
+    for folder in (lane.root, run.folder.parent, run.folder):
+        assert folder.stat().st_mode & 0o077 == 0
+    lane.start(run, [["pwd; ls"]])  # commands run inside, so that their paths tell nothing
+    until(lane, run, "done")
+    assert (run.folder / "log.txt").read_text().split()[0] == str(run.folder)
+
+
+def test_runs_of_an_older_studio_are_found_and_tell_the_secret_no_more(lane):
+    me = new_person()
+    old = lane.root / me / "rings-1"
+    (old / "made" / "rings").mkdir(parents=True)
+    told = {
+        "kind": "finetune",
+        "name": "rings",
+        "created": 1.0,
+        "commands": [["finetune", f"{old}/pictures"]],
+    }
+    (old / "run.json").write_text(json.dumps(told))
+    (old / "made/rings/config.yaml").write_text(f"data: {old}/pictures\n")
+    (old / "rings-lora.zip").write_bytes(b"packed")
+    run = lane.get(me, "finetune", "rings-1")
+    assert lane.state(run).word == "stopped" and not (lane.root / me).exists()
+    assert run.facts["commands"] == [["finetune", f"{run.folder}/pictures"]]
+    assert (run.out / "config.yaml").read_text() == f"data: {run.folder}/pictures\n"
+    assert not (run.folder / "rings-lora.zip").exists()
 
 
 def test_too_many_runs_are_refused_and_deleted_ones_make_room(lane, monkeypatch):
@@ -194,6 +226,46 @@ def test_a_run_that_outlives_its_studio_is_seen_stopped_and_not_begun_twice(tmp_
         again.start(run, [["echo"]])
     again.stop(run)
     assert until(again, run, "stopped", "failed")
+
+
+def test_what_is_deleted_is_not_begun_and_nothing_ends_the_lane(lane, sleeper, monkeypatch):
+    me = new_person()
+    gone, bad, good = (lane.new(me, "batch", name) for name in ("gone", "bad", "good"))
+    removed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", lambda folder, **_: removed.append((folder, lane.all(me))))
+        lane.delete(gone)
+    assert (
+        removed[0][0].parent == gone.folder.parent and gone not in removed[0][1]
+    )  # out of sight before it goes
+    with pytest.raises(ValueError, match="it was deleted meanwhile"):
+        lane.start(gone, [["echo"]])
+    lane.start(bad, [[]])
+    lane.start(good, [["echo up"]])
+    until(lane, good, "done")
+    assert lane.state(bad).word == "failed" and "it could not be run" in bad.problem
+
+
+def test_a_broken_file_hides_its_run_alone(lane):
+    me = new_person()
+    good, *broken = (lane.new(me, "batch", str(k)) for k in range(5))
+    for run, text in zip(broken, ("{", "[]", "{}", '{"created": "x"}'), strict=True):
+        (run.folder / "run.json").write_text(text)
+    assert lane.all(me) == lane.all(me, "batch") == [good]
+    lane._current = broken[0]
+    assert "under way" in lane.company()
+    lane._current = None
+
+
+def test_logins_share_their_places_whatever_secrets_they_make_up(lane, sleeper):
+    begun = [lane.new(new_person(), "batch", str(k)) for k in range(6)]
+    for run in begun[:4]:
+        lane.start(run, [["echo up; exec sleep 100"]], "login ann")
+        until(lane, begun[0], "running")
+    with pytest.raises(ValueError, match="3 of yours are waiting already"):
+        lane.start(begun[4], [["echo"]], "login ann")
+    lane.start(begun[5], [["echo"]], "login bob")
+    assert lane.state(begun[5]).before == 1 and lane.state(begun[1]).before == 2
 
 
 def test_closing_the_studio_stops_its_runs(tmp_path, sleeper):

@@ -6,12 +6,14 @@ import json
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio")
 
 import gradio as gr
+from gradio.helpers import special_args
 from PIL import Image
 
 from demo import batch, batch_controls, finetune, finetune_controls, processes
@@ -25,13 +27,16 @@ from diffusionfm.batch.watch import look
 from diffusionfm.images import read_parameters, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
-from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.gate import TAKEN
+from diffusionfm.serve.jobs import Closed, QueueFull, Request
 from diffusionfm.serve.models import Models
 from tests.finetune_toys import draw_pictures
 from tests.serving import near, write_lora
 
 ME, YOU = new_person(), new_person()
 CAPTIONS = ("name", "")
+ROWS = ("a red apple", None, 1, 0, "png", "folder", "none", 1.0, None)
+PAGE = SimpleNamespace(session_hash="page", state=SimpleNamespace(caller="login ann"))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
     with pytest.raises(gr.Error, match="no picture"):
         tab.take(ME, "", [str(tmp_path / "a.txt")], "x", *CAPTIONS)
     with pytest.raises(gr.Error, match="upload some pictures"):
-        tab.start(ME, "", [], "x", "laptop", "lora", 10, False, *CAPTIONS)
+        tab.start(ME, "", PAGE, [], "x", "laptop", "lora", 10, False, *CAPTIONS)
     files = [str(path) for path in draw_pictures(tmp_path / "mine", 2).iterdir()]
     with pytest.raises(gr.Error, match="load it again"):
         tab.take("../x", "", files, "x", *CAPTIONS)
@@ -139,15 +144,17 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         (("laptop", "ia3", 10, False, "name", "zkw"), "method must be"),
     ):
         with pytest.raises(gr.Error, match=words):
-            tab.start(ME, key, table, "x", *settings)
+            tab.start(ME, key, PAGE, table, "x", *settings)
     assert lane.runs.state(lane.runs.get(ME, "finetune", key)).word == "draft"
     tab.delete(ME, key)
-    good = ("a red apple", None, 1, 0, "png", "folder", "none", 1.0, None)
     for k, bad, words in (
         (0, " \n", "write a prompt"),
         (1, str(tmp_path / "rows.exe"), "rows come as"),
         (2, 0, "images must be"),
+        (2, None, "pictures a row is empty"),
         (3, -1, "seed must be"),
+        (3, None, "the seed of the run is empty: write a number there"),
+        (7, None, "weight is empty: write a number"),
         (4, "bmp", "bmp"),
         (5, "../out", "unknown output"),
         (6, "public nowhere", "is gone"),
@@ -155,10 +162,112 @@ def test_mistakes_are_told_and_begin_nothing(studio, tmp_path):
         (0, "fish\na red apple --s 500 --w 1024 --h 1024", "row a-red-apple-.*524,288,000 pixels x steps"),
         (0, "fish --s 300\n" * 101, "more work than 10,000 pictures"),
     ):
-        asked = [*good[:k], bad, *good[k + 1 :]]
+        asked = [*ROWS[:k], bad, *ROWS[k + 1 :]]
         with pytest.raises(gr.Error, match=words):
-            rows.start(ME, "", *asked)
+            rows.start(ME, "", PAGE, *asked)
     assert lane.runs.all(ME) == []
+
+
+@pytest.mark.parametrize(
+    "error", [QueueFull("too many", 1.0), Closed("closing"), OSError("disk full"), KeyError("x")]
+)
+def test_whatever_goes_wrong_a_batch_leaves_no_run_and_keeps_a_draft(studio, monkeypatch, error):
+    lane, _, tab = studio
+
+    def fail(*_):
+        raise error
+
+    draft = tab.write(ME, "", *ROWS)
+    before = draft.facts
+    for key in ("", draft.key):
+        with pytest.raises(gr.Error, match="write a prompt"):
+            tab.start(ME, key, PAGE, " ", *ROWS[1:])
+        with monkeypatch.context() as patch, pytest.raises((gr.Error, KeyError)):
+            patch.setattr(tab, "_flagged", fail)
+            tab.write(ME, key, "another", *ROWS[1:])
+        assert lane.runs.all(ME) == [draft] and draft.facts == before
+    tab.delete(ME, draft.key)
+
+
+def test_a_run_without_settings_does_not_bar_the_tab(studio):
+    lane, *tabs = studio
+    for tab in tabs:
+        run = lane.runs.new(ME, tab.kind, "x")  # the studio was killed before it had any
+        shown = tab.reopen(ME)
+        assert shown[tab.at.key] == run.key and value(shown, tab.at.mine)["choices"] == [("x", run.key)]
+        assert value(shown, tab.at.delete)["interactive"]
+        tab.delete(ME, run.key)
+        assert lane.runs.all(ME) == []
+
+
+def test_a_draft_keeps_what_was_written_over_a_reload_and_over_a_bad_upload(studio, tmp_path):
+    lane, tab, _ = studio
+    at = tab.at
+    files = [str(path) for path in draw_pictures(tmp_path / "mine", 2).iterdir()]
+    key = tab.take(ME, "", files, "rings", "name", "")[at.key]
+    table = value(tab.reopen(ME), at.table)["value"]
+    table[0][1] = "a ruby ring"
+    tab.edit(ME, key, table)
+    tab.keep(ME, key, "my rings", "skip", "zkw", "laptop", "dora", 77, True)
+    (tmp_path / "bad.svg").write_text("<svg/>")
+    with pytest.raises(gr.Error, match="bad.svg is neither"):
+        tab.take(ME, key, [str(tmp_path / "bad.svg")], "rings", "name", "")
+    shown = tab.reopen(ME)
+    kept = [value(shown, getattr(at, name))["value"] for name in finetune.FORM]
+    assert kept == ["my rings", "skip", "zkw", "laptop", "dora", 77, True]
+    assert value(shown, at.table)["value"] == table and shown[at.key] == key
+    shown = tab.take(
+        ME, key, files, "my rings", "name", "zkw"
+    )  # other pictures: other captions, the same form
+    assert value(shown, at.table)["value"][0][1] != "a ruby ring"
+    kept = [value(shown, getattr(at, name))["value"] for name in finetune.FORM]
+    assert kept == ["my rings", "name", "zkw", "laptop", "dora", 77, True]
+    for event in (tab.edit, tab.keep):
+        assert event(YOU, key, []) is None and event(ME, "", []) is None  # not theirs, and none
+    with pytest.raises(gr.Error, match="the steps are empty"):
+        tab.start(ME, key, PAGE, table, "x", "laptop", "lora", None, False, *CAPTIONS)
+    tab.delete(ME, key)
+
+
+def test_a_batch_is_packed_whole_and_once_for_each_end(studio, monkeypatch):
+    lane, _, tab = studio
+    run = tab.write(ME, "", *ROWS)
+    run.out.mkdir(parents=True)
+    (run.out / "a.png").write_bytes(b"one")
+    (run.folder / "state.json").write_text('{"word": "stopped"}')
+    archive = run.folder / f"{run.slug}.zip"
+    first = value({tab: tab._taken(run)}, tab)["value"][0]
+    inode = archive.stat().st_ino
+    assert zipfile.ZipFile(first).namelist() == [f"{run.slug}/a.png"]
+    tab._taken(run)
+    assert archive.stat().st_ino == inode  # it was not packed again
+    (run.out / "b.png").write_bytes(b"two")
+    (run.folder / "state.json").unlink()  # it was taken up, and ended
+    (run.folder / "state.json").write_text('{"word": "done"}')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zipfile.ZipFile, "write", interrupted)
+        tab._taken(run)
+    assert archive.stat().st_ino == inode and zipfile.is_zipfile(archive)  # what was whole stays so
+    last = value({tab: tab._taken(run)}, tab)["value"][0]
+    assert len(zipfile.ZipFile(last).namelist()) == 2 and len(zipfile.ZipFile(first).namelist()) == 1
+    assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
+    assert Path(last).parents[1].name == TAKEN  # and is not counted for an upload
+    tab.delete(ME, run.key)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_takes_its_login_s_turn(studio, monkeypatch):
+    lane, _, tab = studio
+    begun = []
+    monkeypatch.setattr(lane.runs, "start", lambda run, commands, turn: begun.append(turn))
+    for caller in ("login ann", "key 2", "127.0.0.1"):
+        page = SimpleNamespace(state=SimpleNamespace(caller=caller))
+        args, *_ = special_args(tab.start, [ME, "", *ROWS], page)  # as Gradio calls it
+        tab.delete(ME, tab.start(*args)[tab.at.key])
+    assert begun[:2] == ["login ann", "key 2"] and begun[2].startswith("127.0.0.1 ") and ME not in begun[2]
 
 
 BAD = "<img src=x onerror=alert(1)>"
@@ -208,7 +317,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     table[0][1] = "a ruby ring"
     table = value(tab.look(ME, key, table, "name"), at.table)["value"]
     assert table[0][1] == "a ruby ring" and table[1][1] == "a blue circle, my style"
-    shown = tab.start(ME, key, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
+    shown = tab.start(ME, key, PAGE, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
     assert value(shown, at.stop)["interactive"] and value(shown, at.timer)["active"]
     while not watched(tab, key, "running", "failed")[at.seen][1]:
         time.sleep(0.3)
@@ -217,7 +326,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     shown = watched(tab, key, "stopped")
     assert "Resume goes on" in shown[at.status] and "<svg" in shown[at.curves]
     assert value(shown, at.start)["value"] == "Resume"
-    tab.start(ME, key, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
+    tab.start(ME, key, PAGE, table, "rings", "laptop", "lora", 60, False, *CAPTIONS)
     shown = watched(tab, key, "done", "failed")
     assert "It took all 60 steps" in shown[at.status] and "the one that is kept" in shown[at.stage], shown[
         at.status
@@ -233,7 +342,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
     planned = list(rows.plan(ME, "", *asked))
     assert "3 rows, 3 pictures: 3 to make" in planned[-1][rows.at.report]
     batch_key = planned[0][rows.at.key]
-    rows.start(ME, batch_key, *asked)
+    rows.start(ME, batch_key, PAGE, *asked)
     shown = watched(rows, batch_key, "done", "failed")
     assert "3 pictures drawn" in shown[rows.at.status] and shown[rows.at.stage].count("<img") == 3
     with zipfile.ZipFile(value(shown, rows.at.take)["value"][0]) as archive:
@@ -248,7 +357,7 @@ def test_pictures_become_an_adapter(studio, tmp_path):
 def test_a_failed_row_is_told_and_tried_again(studio):
     _, _, tab = studio
     asked = ("a red apple\nyellow star --s 0\n", None, 1, 0, "webp", "webdataset", "none", 1.0, None)
-    shown = tab.start(ME, "", *asked)
+    shown = tab.start(ME, "", PAGE, *asked)
     key = shown[tab.at.key]
     shown = watched(tab, key, "failed", "done")
     assert "1 pictures drawn, 1 failed" in shown[tab.at.status] and "steps must be" in shown[tab.at.status]
@@ -274,7 +383,7 @@ def test_an_uploaded_file_is_drawn(studio, tmp_path):
     _, _, tab = studio
     file = tmp_path / "my rows.csv"
     file.write_text("id,prompt,width,seed\none,a red apple,48,7\ntwo,{a blue|a yellow} fish,,\n")
-    key = tab.start(ME, "", "", str(file), 1, 0, "png", "folder", "none", 1.0, None)[tab.at.key]
+    key = tab.start(ME, "", PAGE, "", str(file), 1, 0, "png", "folder", "none", 1.0, None)[tab.at.key]
     shown = watched(tab, key, "done", "failed")
     assert "3 pictures drawn" in shown[tab.at.status], shown[tab.at.status]
     with zipfile.ZipFile(value(shown, tab.at.take)["value"][0]) as archive:
@@ -300,7 +409,7 @@ def test_a_batch_draws_as_the_studio_does(studio, monkeypatch):
     monkeypatch.setitem(lane.pipe.loras, "house", 1.0)
     monkeypatch.setitem(lane.pipe.lora_sources, "house", Path("/adapters/house"))
     monkeypatch.setattr(lane.pipe, "fast", True)
-    command = tab._command(ME, run, Path("rows.txt"), settings)
+    command = tab._command(ME, run, run.folder / "rows.txt", settings)
     as_opened = ["--fast", "--dtype", "float32", "--lora", "/adapters/house:0.5", "--lora-any"]
     assert command[-6:] == as_opened
     lane.runs.delete(run)
