@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from diffusionfm.transformer import DiffusionTransformer, ReadingAttention
 
 Pair = tuple[str, str]  # a text, and the text that it is to be read as
 STYLED, GROUND = 0.4, 0.2  # shares of pairs that name a style, and a background
+ALIKE = 32  # texts of about one length, read together
 
 
 # ---- the pairs -------------------------------------------------------------------------------------------
@@ -60,11 +62,17 @@ class Texts:
     """Item i is {"key", "pair"}: `pairs` first, then every caption beside itself, which keeps its reading."""
 
     def __init__(self, pairs: Sequence[Pair], captions: Sequence[str]):
+        self.counts = len(pairs), len(captions)
         self.pairs = [*pairs, *((caption, caption) for caption in captions)]
         self.fingerprint = hashlib.sha256(repr(self.pairs).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def weights(self) -> np.ndarray:
+        """How often each comes in an epoch, (n,): each pair once, and as many captions."""
+        other, captions = self.counts
+        return np.repeat([1.0, other / max(1, captions)], [other, captions])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {"key": str(i), "pair": self.pairs[i]}
@@ -74,7 +82,10 @@ def collate_texts(
     samples: list[dict[str, Any]], styles: Sequence[str], colors: Sequence[str]
 ) -> dict[str, Any]:
     """Texts -> key, text, meant; for a share of the pairs both in one style or on one background, by `draw` bits."""
-    pairs = [dressed(*s["pair"], s.get("draw", 0), styles, colors) for s in samples]
+    pairs = []
+    for sample in samples:
+        text, meant = sample["pair"]
+        pairs.append(dressed(text, meant, sample.get("draw", 0), styles, colors))
     return {"key": [s["key"] for s in samples], "text": [a for a, _ in pairs], "meant": [b for _, b in pairs]}
 
 
@@ -112,7 +123,7 @@ class Reading(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.seen: list[list[Tensor]] = []  # of each block: q (n, h, d), log mass (n, h) and gift (n, h, d)
         hooks = [
-            block.attention.register_forward_pre_hook(self._watch(queries, generator), with_kwargs=False)
+            block.attention.register_forward_pre_hook(self._watch(queries, generator))  # type: ignore[union-attr]
             for block in network.blocks
         ]
         t = flow.sample_times(len(latents), generator, uniform_fraction=1.0)
@@ -171,21 +182,29 @@ class Paraphrasing(nn.Module):
         """batch: "text" [b] and "meant" [b].
 
         Returns the mean over all that is read of the squared error, as a share of how much texts differ in it."""
-        count = len(self.reading.seen[0][0])
-        which = torch.randint(count, (self.queries,))
+        which = torch.randint(len(self.reading.seen[0][0]), (self.queries,))
+        pairs = sorted(zip(batch["text"], batch["meant"], strict=True), key=lambda pair: len(pair[0]))
+        parts = [
+            tuple(zip(*part, strict=True)) for part in batched(pairs, ALIKE)
+        ]  # of about one length: less padding
         with torch.no_grad():
-            wanted = self._read(self.known, batch["meant"], which)
-        got = self._read(self.learner, batch["text"], which)
-        errors = torch.stack(
+            wanted = [self._read(self.known, list(meant), which) for _, meant in parts]
+            spread = [torch.cat(read).var(0, correction=0).mean() for read in zip(*wanted, strict=True)]
+        each = torch.cat(
             [
-                (a - b).square().flatten(1).mean(1) / (b - b.mean(0)).square().mean()
-                for a, b in zip(got, wanted, strict=True)
+                self._errors(self._read(self.learner, list(text), which), read, spread)
+                for (text, _), read in zip(parts, wanted, strict=True)
             ]
         )
-        other = torch.tensor([a != b for a, b in zip(batch["text"], batch["meant"], strict=True)])
-        each = errors.detach().mean(0)
+        other = torch.tensor([text != meant for text, meant in pairs])
         told = {"loss_other_words": each[other].mean(), "loss_captions": each[~other].mean()}
-        return errors.mean(), {name: value.nan_to_num() for name, value in told.items()}
+        return each.mean(), {name: value.detach().nan_to_num() for name, value in told.items()}
+
+    @staticmethod
+    def _errors(got: list[Tensor], wanted: list[Tensor], spread: list[Tensor]) -> Tensor:
+        """Of each text (b,): the mean of its squared errors, each as a share of the spread of what is read there."""
+        found = zip(got, wanted, spread, strict=True)
+        return torch.stack([(a - b).square().flatten(1).mean(1) / full for a, b, full in found]).mean(0)
 
     def _read(self, encoder: nn.Module, texts: list[str], which: Tensor) -> list[Tensor]:
         text, mask, _ = encode_prompts(self.tokenizer, encoder, texts, multiple=8)

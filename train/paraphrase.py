@@ -31,6 +31,8 @@ from diffusionfm.sentences import SentenceTeacher
 from diffusionfm.text import encode_prompts
 from diffusionfm.trainer import Trainer, TrainerConfig
 
+PLAIN = 3  # a picture's first captions, which call what is drawn by its phrase: these keep their reading
+
 
 @dataclass
 class ParaphraseConfig:
@@ -73,11 +75,11 @@ def main(argv: list[str] | None = None) -> Path:
         pairs = other_words(cfg, phrases, held_out_phrases(heldout))
         kept = [pair for pair in pairs if is_kept_back(pair[0], cfg.kept_back)]
         print(f"{len(pairs)} texts for {len(phrases)} phrases, {len(kept)} of them kept back", flush=True)
-        captions = [texts[k % len(texts)] for k, (*_, texts) in enumerate(told) if texts]
+        captions = [texts[k % min(PLAIN, len(texts))] for k, (*_, texts) in enumerate(told) if texts]
         styles = sorted({style for _, _, style, _ in told if style})
         texts = Texts([pair for pair in pairs if pair not in set(kept)], captions)
         collate = partial(collate_texts, styles=styles, colors=sorted(COLORS))
-        data = Batches(texts, collate, cfg.trainer.batch_size, cfg.trainer.seed)
+        data = Batches(texts, collate, cfg.trainer.batch_size, cfg.trainer.seed, weights=texts.weights())
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             asked, meant = zip(*kept, strict=True)
