@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
@@ -60,18 +60,15 @@ _A1111 = {
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all: temporary file beside it, sync, rename, sync of the folder."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=".tmp")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # with the rights that any new file gets, unlike tempfile's
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -285,6 +282,13 @@ def checkerboard(image: Image.Image, size: int = 8) -> Image.Image:
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
+def fitted(image: Image.Image, cell: int) -> Image.Image:
+    """The picture with alpha, its longer side as long as a cell of a contact sheet."""
+    image = image.convert("RGBA")
+    scale = cell / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+
+
 def contact_sheet(
     images: Sequence[Image.Image],
     labels: Sequence[str] | None = None,
@@ -307,13 +311,9 @@ def contact_sheet(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for k, image in enumerate(images):
         x, y = gap + k % columns * (cell + gap), gap + k // columns * (cell + foot + gap)
-        fitted = image.convert("RGBA")
-        scale = cell / max(fitted.size)
-        fitted = fitted.resize(
-            [max(1, round(side * scale)) for side in fitted.size], Image.Resampling.LANCZOS
-        )
-        shown = checkerboard(fitted) if background is None else on_background(fitted, background)
-        sheet.paste(shown, (x + (cell - fitted.width) // 2, y + (cell - fitted.height) // 2))
+        small = fitted(image, cell)
+        shown = checkerboard(small) if background is None else on_background(small, background)
+        sheet.paste(shown, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
         if labels is not None:
             label = " ".join(labels[k].split())[:200]
             while label and draw.textlength(label, font=font) > cell:

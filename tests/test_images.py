@@ -22,6 +22,7 @@ from diffusionfm.images import (
     parse_a1111,
     read_parameters,
     save_png,
+    write_atomic,
 )
 
 PARAMETERS = {
@@ -53,9 +54,20 @@ def test_parameters_and_pixels_come_back(picture, tmp_path):
         assert "trainedAlgorithmicMedia" in image.info["XML:com.adobe.xmp"]
         assert "Steps: 25, CFG scale: 4.5, Seed: 9223372036854775807, Size: 32x48" in image.info["parameters"]
     assert os.listdir(tmp_path) == ["a.png"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_file_has_the_rights_of_a_new_one_and_the_process_keeps_its_umask(tmp_path, monkeypatch):
+    """Two threads that set it and set it back could leave it at none for good."""
+    umask = os.umask
+    for mask, rights in ((0o027, 0o640), (0o077, 0o600)):
+        before = umask(mask)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "umask", lambda mask: pytest.fail("the umask is of the whole process"))
+                write_atomic(tmp_path / "a", b"x")
+        finally:
+            umask(before)
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == rights
 
 
 def test_same_input_same_bytes(picture):

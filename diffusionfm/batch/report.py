@@ -18,11 +18,12 @@ from typing import Any
 from PIL import Image
 
 from diffusionfm.batch.advice import Advice
-from diffusionfm.images import contact_sheet, in_common, save_png, write_atomic
+from diffusionfm.images import contact_sheet, fitted, in_common, save_png, write_atomic
 
 REPORT = "report.json"
 PERCENTILES = (50, 90, 99)
 SHEET = 100  # pictures on a contact sheet
+CELL = 96  # pixels that each has there
 SHEETS = "sheets"  # a folder of their own: no row can have that name
 MOST_SHEETS = 100
 
@@ -31,7 +32,8 @@ MOST_SHEETS = 100
 class Summary:
     """What a run did.
 
-    made: pictures now; skipped: found finished or failed; failed: of all rows, in the whole manifest, failures by kind.
+    made: pictures now; skipped: found finished; failed: of all rows, now or before; failures: in the whole manifest, by
+    kind.
     seconds: of this run after the model was loaded (load_seconds). latencies: seconds of the network call of each
     picture. peak_memory: bytes of this process; peak_gpu_memory: of its GPU, None without one. advice: of all rows.
     """
@@ -107,7 +109,7 @@ def write_sheets(
             break
         pictures = list(_pictures(out, page))
         labels = [record["prompt"][:200] for record in page]
-        sheet = contact_sheet(pictures, labels, columns=min(10, len(pictures)), cell=96)
+        sheet = contact_sheet(pictures, labels, columns=min(10, len(pictures)), cell=CELL)
         (out / SHEETS).mkdir(exist_ok=True)
         sheets.append(out / SHEETS / f"{number}.png")
         said = describe and in_common([describe(r["prompt"], r["seed"], r["settings"]) for r in page])
@@ -116,28 +118,36 @@ def write_sheets(
 
 
 def _pictures(out: Path, records: list[dict[str, Any]]) -> Iterator[Image.Image]:
+    """The pictures as a sheet shows them: a hundred of 4096 pixels would take 6 GB."""
     for name, group in groupby(records, lambda record: record["file"]):
         members = [record.get("member") for record in group]
-        found = {None: (out / name).read_bytes()} if members == [None] else _members(out / name, set(members))
-        for member in members:
-            data = found[member]
-            if name.endswith(".svg"):
-                from resvg_py import svg_to_bytes
-
-                data = bytes(svg_to_bytes(svg_string=data.decode(), width=96))
-            yield Image.open(io.BytesIO(data)).convert("RGBA")
+        file = out / name
+        if members == [None]:
+            yield _small(file.read_bytes(), file.suffix)
+            continue
+        found = {member: _small(data, file.suffix) for member, data in _members(file, set(members))}
+        yield from (found[member] for member in members)
 
 
-def _members(file: Path, wanted: set[str | None]) -> dict[str | None, bytes]:
-    """Pictures in a shard or a Parquet file, by their names there."""
+def _small(data: bytes, suffix: str) -> Image.Image:
+    if suffix == ".svg":
+        from resvg_py import svg_to_bytes
+
+        data = bytes(svg_to_bytes(svg_string=data.decode(), width=CELL))
+    with Image.open(io.BytesIO(data)) as image:
+        return fitted(image, CELL)
+
+
+def _members(file: Path, wanted: set[str | None]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of pictures in a shard or a Parquet file, one after the other."""
     if file.suffix == ".tar":
         with tarfile.open(file, "r:") as tar:
             streams = ((member.name, tar.extractfile(member)) for member in tar if member.name in wanted)
-            return {name: stream.read() for name, stream in streams if stream is not None}
+            yield from ((name, stream.read()) for name, stream in streams if stream is not None)
+        return
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
-        images = (
-            row["image"] for batch in table.iter_batches(100, columns=["image"]) for row in batch.to_pylist()
-        )
-        return {image["path"]: image["bytes"] for image in images if image["path"] in wanted}
+        for batch in table.iter_batches(8, columns=["image"]):
+            images = batch["image"].to_pylist()
+            yield from ((image["path"], image["bytes"]) for image in images if image["path"] in wanted)
