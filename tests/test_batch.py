@@ -9,19 +9,24 @@ import os
 import threading
 import tracemalloc
 import weakref
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from diffusionfm.batch import generate_batch, plan_batch
-from diffusionfm.batch.draw import Drawer
+from diffusionfm.batch import draw, generate_batch, plan, plan_batch, report
+from diffusionfm.batch.draw import Drawer, Drawn
 from diffusionfm.batch.jobs import Job, groups, seed_of
 from diffusionfm.batch.manifest import Manifest
+from diffusionfm.batch.options import Options
 from diffusionfm.batch.rows import Rows
 from diffusionfm.batch.run import AHEAD
 from diffusionfm.batch.stores import FolderStore
 from diffusionfm.formats import Finish
-from diffusionfm.images import read_parameters
+from diffusionfm.images import contact_sheet, read_parameters, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.unet import DiffusionUNet
 from tests.batch_toys import PROMPTS, check, make, near, pictures, records_of
@@ -81,17 +86,21 @@ def test_deterministic_bytes_know_no_company(tiny_pipe, tmp_path):
     assert Finish().encode(image, said) == everything["row-3.png"]
 
 
-def test_a_lora_is_on_record_and_changes_the_run(tiny_model, tmp_path):
+def make_lora(pipe: DiffusionFMPipeline, folder: Path) -> Path:
+    """The file of a small LoRA made for the pipeline, which then wears it."""
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from safetensors.torch import save_file
 
-    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
     config = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
     network = inject_adapter_in_model(config, pipe.transformer, adapter_name="made")
-    config.save_pretrained(tmp_path / "style")
+    config.save_pretrained(folder)
     weights = get_peft_model_state_dict(network, adapter_name="made")
-    file = tmp_path / "style" / "adapter_model.safetensors"
+    file = folder / "adapter_model.safetensors"
     save_file({f"base_model.model.{key}": value.contiguous() for key, value in weights.items()}, file)
+    return file
+
+
+def test_a_lora_is_on_record_and_changes_the_run(tiny_model, tmp_path):
+    file = make_lora(DiffusionFMPipeline.from_pretrained(tiny_model), tmp_path / "style")
 
     def adapted(scale: float) -> DiffusionFMPipeline:
         pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
@@ -153,6 +162,7 @@ def test_the_size_of_a_call_follows_the_memory(tiny_pipe, monkeypatch):
     assert drawer.size((3, 3.0, 256, 256)) == 3 and drawer.size((3, 3.0, 1024, 1024)) == 1
     assert drawer.size((3, 3.0, 64, 64)) == drawer.size((9, 3.0, 64, 64)) == fit.MOST["cpu"]
     assert Drawer(tiny_pipe, 5).size((3, 3.0, 1024, 1024)) == 5
+    assert Drawer(tiny_pipe, sharing=3).size((3, 3.0, 256, 256)) == 1  # three workers on this machine
 
 
 def test_a_call_out_of_memory_is_halved(tiny_pipe, tmp_path, monkeypatch):
@@ -171,6 +181,118 @@ def test_a_call_out_of_memory_is_halved(tiny_pipe, tmp_path, monkeypatch):
     assert make(rows, tiny_pipe, tmp_path, batch_size=8).made == 12
     assert calls[:3] == [8, 4, 2] and 8 not in calls[1:]
     check(tmp_path, 12)
+
+
+def broken_device(monkeypatch, bad) -> None:
+    """Calls fail as a CUDA device does after an illegal access, those with a picture of which `bad(job)` holds."""
+    call = Drawer._call
+
+    def failing(drawer, jobs):
+        if any(bad(job) for job in jobs):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return call(drawer, jobs)
+
+    monkeypatch.setattr(Drawer, "_call", failing)
+
+
+def test_a_device_that_draws_no_more_stops_the_run(tiny_pipe, tmp_path, monkeypatch):
+    rows = [{"id": str(k), "prompt": f"fish {k}"} for k in range(40)]
+    with monkeypatch.context() as patch:
+        broken_device(patch, lambda job: int(job.id) >= 6)
+        with pytest.raises(OSError, match="5 groups of pictures failed one after the other.*illegal memory"):
+            make(rows, tiny_pipe, tmp_path, batch_size=2)
+    assert [(r["id"], r["status"]) for r in records_of(tmp_path)] == [(str(k), "ok") for k in range(6)]
+    assert make(rows, tiny_pipe, tmp_path, batch_size=2).made == 34
+    check(tmp_path, 40)
+
+
+def test_pictures_that_a_sound_device_fails_at_are_recorded(tiny_pipe, tmp_path, monkeypatch):
+    """Four groups in a row, and four more at the end: each time fewer than would tell of a dead device."""
+    rows = [{"id": str(k), "prompt": f"fish {k}"} for k in range(20)]
+    rows.insert(3, {"id": "bad", "prompt": ""})
+    broken_device(monkeypatch, lambda job: not 8 <= int(job.id) < 12)
+    summary = make(rows, tiny_pipe, tmp_path, batch_size=2)
+    assert (summary.made, summary.failures) == (4, {"drawing": 16, "row": 1})
+    check(tmp_path, 21)
+
+
+def test_a_group_that_kills_its_worker_is_halved_and_one_picture_fails(tiny_pipe, tmp_path, monkeypatch):
+    from diffusionfm import ray_jobs
+
+    def dying(work, items, workers, lost):
+        for group in items:
+            waiting = [group]
+            while waiting:
+                group = waiting.pop(0)
+                if any(job.id == "3" for job in group):
+                    smaller, results = lost(group, "a worker died 4 times over one item: out of memory?")
+                    waiting += smaller
+                    yield from results
+                else:
+                    yield work(group)
+
+    monkeypatch.setattr(ray_jobs, "each", dying)
+    rows = [{"id": str(k), "prompt": f"fish {k}"} for k in range(12)]
+    summary = make(rows, tiny_pipe, tmp_path, engine="ray", batch_size=8)
+    assert (summary.made, summary.failures) == (11, {"memory": 1})
+    (failed,) = (r for r in check(tmp_path, 12) if r["status"] == "failed")
+    assert (failed["id"], failed["error"]) == ("3", "a worker died 4 times over one item: out of memory?")
+
+
+def test_what_a_ray_cluster_fails_at_is_one_line(monkeypatch):
+    ray = pytest.importorskip("ray")
+    from diffusionfm import ray_jobs
+
+    def outcome(error, lost=None):
+        def get(done):
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        return ray_jobs._outcome("done", [1, 2], lost)
+
+    for error, why in (
+        (ray.exceptions.WorkerCrashedError(), "a worker died 4 times over one item"),
+        (ray.exceptions.OutOfMemoryError("memory\nmonitor"), "a worker ran out of memory over one item"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            outcome(error)
+        assert outcome(error, lambda item, why: ([item[:1], item[1:]], [why]))[0] == [[1], [2]]
+    with pytest.raises(ValueError, match="the Ray cluster failed .*: see to it, then run the same") as told:
+        outcome(ray.exceptions.NodeDiedError("node gone\nsee the logs"), lambda item, why: ([], []))
+    assert "\n" not in str(told.value)
+
+
+def worker_recipe(pipe, **options):
+    """A recipe as a worker gets it."""
+    chosen = Options(engine="ray", **options)
+    draw._load.cache_clear()
+    return chosen.recipe(pipe, chosen.run(pipe))
+
+
+def test_a_worker_s_kernels_are_the_same_each_time_if_so_asked(tiny_pipe, monkeypatch):
+    import torch
+
+    seen = []
+    monkeypatch.setattr(Drawer, "draw", lambda *_: seen.append(torch.backends.cudnn.deterministic) or [])
+    for deterministic in (True, False):
+        draw.draw_remotely(worker_recipe(tiny_pipe, deterministic=deterministic), [])
+    assert seen == [True, False] and not torch.backends.cudnn.deterministic
+
+
+def test_a_worker_with_another_lora_is_refused(tiny_model, tmp_path):
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    file = make_lora(pipe, tmp_path / "style")
+    pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
+    pipe.load_lora(tmp_path / "style", 0.5)
+    how = worker_recipe(pipe)
+    job = Job("a", 0, "fish", 1, {"negative_prompt": "", **pipe.settings(steps=1)})
+    (drawn,) = draw.draw_remotely(how, [job])
+    assert read_parameters(io.BytesIO(drawn.data))["lora"] == ["style:0.5"]
+    weights = load_file(file)
+    save_file({name: value * 2 for name, value in weights.items()}, file)  # as it is on the worker's machine
+    draw._load.cache_clear()
+    with pytest.raises(ValueError, match="style is another LoRA on this machine: copy the same to all"):
+        draw.draw_remotely(how, [job])
 
 
 def test_pictures_are_drawn_while_others_are_written_and_few_are_held(tiny_pipe, tmp_path, monkeypatch):
@@ -222,7 +344,7 @@ def test_bad_rows_fail_alone(tiny_pipe, tmp_path):
         out / "manifest.jsonl"
     ).read_text()
     again = make(file, tiny_pipe, out)
-    assert (again.made, again.skipped, again.failed) == (0, 11, 10)
+    assert (again.made, again.skipped, again.failed) == (0, 1, 10)
     file.write_text(file.read_text().replace('"steps": 0', '"steps": 1'))
     assert make(file, tiny_pipe, out).made == 0
     fixed = make(file, tiny_pipe, out, retry_failed=True)
@@ -272,19 +394,71 @@ def test_the_plan_counts_and_writes_nothing(tiny_pipe, tmp_path):
     rows = [*PROMPTS, {"id": "m", "prompt": "{red|blue} cat", "width": 64}, {"id": "bad", "prompt": ""}]
     make(PROMPTS[:2], tiny_pipe, tmp_path, repeats=2)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    plan = plan_batch(rows, tiny_pipe, tmp_path, repeats=2)
-    assert (plan.rows, plan.pictures, plan.done, plan.broken, plan.shapes.total()) == (8, 16, 4, 2, 10)
-    assert plan.seconds > 0 and plan.report()["shapes"][0] == {
+    found = plan_batch(rows, tiny_pipe, tmp_path, repeats=2)
+    assert (found.rows, found.pictures, found.done, found.broken, found.shapes.total()) == (8, 16, 4, 2, 10)
+    assert found.seconds > 0 and found.report()["shapes"][0] == {
         "steps": 3,
         "guidance": 3.0,
         "width": 32,
         "height": 32,
         "pictures": 6,
     }
-    assert "10 to make, 4 already there" in plan.text() and "bad: the prompt is empty" in plan.text()
+    assert "10 to make, 4 already there" in found.text() and "2 pictures cannot be drawn" in found.text()
+    assert found.text().count("bad: the prompt is empty") == 1
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     assert plan_batch([{"prompt": ""}], tiny_pipe, tmp_path / "none").seconds is None
     assert not (tmp_path / "none").exists()
+
+
+def test_the_estimate_counts_ray_s_workers(tiny_pipe, tmp_path, monkeypatch):
+    import torch
+
+    clock = [0.0]
+
+    def drawing(jobs):
+        clock[0] += 1 + jobs[0].settings["steps"]
+        return [Drawn(job) for job in jobs]
+
+    drawer = SimpleNamespace(
+        pipe=SimpleNamespace(scale=lambda *_: 1), size=lambda shape: 2, draw=drawing, words={}
+    )
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for workers, seconds in ((1, 44), (4, 11)):
+        found = plan.Plan(8, shapes=Counter({(10, 3.0, 32, 32): 8}))
+        found.estimate(drawer, workers)
+        assert found.seconds == seconds and found.report()["workers"] == workers
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    asked = [Options(), *(Options(engine="ray", workers=workers) for workers in (0, 2, 20))]
+    assert [options.processes(tiny_pipe) for options in asked] == [(1, 1), (8, 8), (2, 2), (8, 8)]
+    monkeypatch.setenv("RAY_ADDRESS", "there")
+    assert asked[3].processes(tiny_pipe) == (20, 8)
+    seen, trial, own = [], Drawer.draw, torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(Drawer, "draw", lambda *a: seen.append(torch.get_num_threads()) or trial(*a))
+    said = plan_batch(PROMPTS, tiny_pipe, tmp_path / "out", engine="ray", workers=20, steps=1).text()
+    assert "on 20 workers as fast as one here" in said and set(seen) == {1} and torch.get_num_threads() == 2
+    torch.set_num_threads(own)
+
+
+def test_a_sheet_holds_its_pictures_small(tmp_path, monkeypatch):
+    pictures = [Image.radial_gradient("L").convert("RGBA").resize((400 + k, 300 - k)) for k in range(3)]
+    records = []
+    for k, picture in enumerate(pictures):
+        save_png(picture, tmp_path / f"{k}.png")
+        records.append({"status": "ok", "file": f"{k}.png", "prompt": f"fish {k}"})
+    seen = []
+
+    def watched(images, *more, **options):
+        seen.extend(max(image.size) for image in images)
+        return contact_sheet(images, *more, **options)
+
+    monkeypatch.setattr(report, "contact_sheet", watched)
+    (sheet,) = report.write_sheets(tmp_path, records, 1, None)
+    whole = contact_sheet(pictures, [r["prompt"] for r in records], columns=3, cell=96)
+    with Image.open(sheet) as found:
+        assert found.tobytes() == whole.tobytes()
+    assert seen == [96] * 3
 
 
 def test_the_report_tells_speed_memory_and_failures(tiny_pipe, tmp_path):
@@ -296,10 +470,10 @@ def test_the_report_tells_speed_memory_and_failures(tiny_pipe, tmp_path):
         sheets=0,
         progress=False,
     )
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report == summary.report() and report["failures"] == {"row": 1} and report["load_seconds"] == 1.5
-    assert report["pictures_per_second"] > 0 and report["peak_memory"] > 2**25
-    latency = report["latency_seconds"]
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told == summary.report() and told["failures"] == {"row": 1} and told["load_seconds"] == 1.5
+    assert told["pictures_per_second"] > 0 and told["peak_memory"] > 2**25
+    latency = told["latency_seconds"]
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= summary.seconds
     assert "5 made, 0 already there, 1 failed" in summary.text() and "1 row" in summary.text()
     again = make([*PROMPTS, {"id": "bad", "prompt": ""}], tiny_pipe, tmp_path)

@@ -72,6 +72,20 @@ def test_an_item_that_kills_its_worker_each_time_is_given_up(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 + ray_jobs.RETRIES
 
 
+def test_a_group_that_kills_is_done_in_parts(tmp_path):
+    def work(group: list[int]) -> list[int]:
+        if 2 in group:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return group
+
+    def lost(group: list[int], why: str) -> tuple[list[list[int]], list[list[int]]]:
+        half = len(group) // 2
+        return ([group[:half], group[half:]], []) if half else ([], [[-group[0]]])
+
+    got = list(ray_jobs.each(work, [[0, 1, 2, 3], [4]], workers=2, lost=lost))
+    assert sorted(got) == [[-2], [0, 1], [3], [4]]
+
+
 def test_precompute_with_a_worker_killed_gives_the_bytes_of_a_local_run(tiny_model, tmp_path):
     with ShardWriter(tmp_path / "pictures", samples_per_shard=16) as writer:
         for key, picture, caption, meta in shape_samples(96, 32, seed=0):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,23 @@ from PIL import Image
 
 from diffusionfm.batch import fit
 from diffusionfm.batch.jobs import Job, Shape
+from diffusionfm.batch.options import made_by
 from diffusionfm.formats import Finish
 
 if TYPE_CHECKING:
+    from diffusionfm.drawing import Pictures
     from diffusionfm.pipeline import DiffusionFMPipeline
 
 WORDS = 1024  # prompts whose features are kept, or what the model cannot read of them
+DEAD = 5  # groups wholly lost one after the other are the device's fault, not theirs
 
 
 @dataclass
 class Drawn:
     """What became of a job: a picture, then the bytes of its file and its size in pixels; or why there is none.
 
-    kind: of the failure: "row" (it asks for what cannot be), "numbers" (not finite), "memory" or "drawing".
+    told: what the file may say of how it was made. kind: of the failure: "row" (it asks for what cannot be), "numbers"
+    (not finite), "memory" or "drawing".
     seconds: of its network call; share: the same by the pictures in that call.
     """
 
@@ -34,6 +39,7 @@ class Drawn:
     seconds: float = 0.0
     share: float = 0.0
     image: Image.Image | None = None
+    told: dict[str, Any] = field(default_factory=dict)
     data: bytes = b""
     size: tuple[int, int] = (0, 0)
     error: str | None = None
@@ -47,11 +53,13 @@ class Drawer:
     """Draws groups of jobs with one pipeline; a group that fails is halved until the bad picture is alone.
 
     batch_size: pictures in a network call; None for what memory takes. Running out of memory lowers it for that shape.
+    sharing: processes that share the device's memory.
     """
 
-    def __init__(self, pipe: DiffusionFMPipeline, batch_size: int | None = None):
+    def __init__(self, pipe: DiffusionFMPipeline, batch_size: int | None = None, sharing: int = 1):
         self.pipe = pipe
         self.batch_size = batch_size
+        self.sharing = sharing
         self.sizes: dict[Shape, int] = {}
         self.needs: dict[tuple[int, int, int], int] = {}
         self.words: dict[str, torch.Tensor] = {}
@@ -70,7 +78,7 @@ class Drawer:
                 self.needs[width, height, copies] = fit.picture_bytes(self.pipe, width, height, copies)
             except ValueError:  # the networks do not take this size: each such job fails alone, and says why
                 return 1
-        return fit.batch_size(self.pipe.device, self.needs[width, height, copies])
+        return fit.batch_size(self.pipe.device, self.needs[width, height, copies], self.sharing)
 
     def draw(self, jobs: list[Job]) -> list[Drawn]:
         """The pictures of jobs that share a shape, or of one broken job its failure."""
@@ -78,21 +86,33 @@ class Drawer:
             return [Drawn(jobs[0], error=jobs[0].error, kind="row")]
         began = time.monotonic()
         try:
-            images = self._call(jobs)
+            found = self._call(jobs)
         except (ValueError, ArithmeticError, RuntimeError) as error:
             if len(jobs) == 1:
                 said = " ".join(str(error).split())[:500]
                 return [Drawn(jobs[0], error=said, kind=_kind(error))]
-            half = (len(jobs) + 1) // 2
             if _kind(error) == "memory":
-                self.sizes[jobs[0].shape] = half
-            return self.draw(jobs[:half]) + self.draw(jobs[half:])
+                self._shrink(jobs)
+            one, two = _halves(jobs)
+            return self.draw(one) + self.draw(two)
         seconds = time.monotonic() - began
-        return [
-            Drawn(job, seconds, seconds / len(jobs), image) for job, image in zip(jobs, images, strict=True)
-        ]
+        share = seconds / len(jobs)
+        drawn = zip(jobs, found.images, found.told, strict=True)
+        return [Drawn(job, seconds, share, image, told) for job, image, told in drawn]
 
-    def _call(self, jobs: list[Job]) -> list[Image.Image]:
+    def lost(self, jobs: list[Job], why: str) -> tuple[list[list[Job]], list[list[Drawn]]]:
+        """What is to be done for a group that kills its workers, its halves; or of a picture alone the failure."""
+        if len(jobs) == 1:
+            return [], [[Drawn(jobs[0], error=why, kind="memory")]]
+        self._shrink(jobs)
+        return _halves(jobs), []
+
+    def _shrink(self, jobs: list[Job]) -> None:
+        """Let no later group of this shape be larger than half of this one, which is too large for the memory."""
+        shape = jobs[0].shape
+        self.sizes[shape] = min((len(jobs) + 1) // 2, self.size(shape))
+
+    def _call(self, jobs: list[Job]) -> Pictures:
         while len(self.words) > WORDS:
             self.words.pop(next(iter(self.words)))
         steps, guidance, width, height = jobs[0].shape
@@ -106,7 +126,12 @@ class Drawer:
             height=height,
             batch_size=len(jobs),
             words=self.words,
-        ).images
+        )
+
+
+def _halves(jobs: list[Job]) -> list[list[Job]]:
+    half = (len(jobs) + 1) // 2
+    return [jobs[:half], jobs[half:]]
 
 
 def _kind(error: Exception) -> str:
@@ -118,12 +143,41 @@ def _kind(error: Exception) -> str:
     return "memory" if out else "drawing"
 
 
-def encode(drawn: Drawn, finish: Finish, describe: Callable[[Job], dict[str, Any] | None]) -> Drawn:
-    """The same with its file's bytes; `describe` gives what the file says of itself. What is encoded stays so."""
+def encode(drawn: Drawn, finish: Finish, metadata: bool) -> Drawn:
+    """The same with its file's bytes; metadata: whether the file says how it was made. What is encoded stays so."""
     if drawn.image is None:
         return drawn
-    data = finish.encode(drawn.image, describe(drawn.job))
-    return replace(drawn, image=None, data=data, size=finish.pixels(drawn.image))
+    data = finish.encode(drawn.image, drawn.told if metadata else None)
+    return replace(drawn, image=None, told={}, data=data, size=finish.pixels(drawn.image))
+
+
+def kernels(deterministic: bool) -> AbstractContextManager[Any]:
+    """The same CUDA kernels each time, if so asked, rather than those found fastest; a CPU has no choice."""
+    if not deterministic:
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+
+
+def while_alive(drawn: Iterable[list[Drawn]]) -> Iterator[list[Drawn]]:
+    """Groups as they come; those wholly lost in drawing are held back until a picture succeeds, or all have come.
+
+    OSError, and those are not given on, when DEAD came one after the other: the device is at fault, and would fail all
+    the rest."""
+    held: list[list[Drawn]] = []
+    for group in drawn:
+        if all(one.kind == "drawing" for one in group):
+            held.append(group)
+            if len(held) == DEAD:
+                raise OSError(
+                    f"{DEAD} groups of pictures failed one after the other, the last with: {group[-1].error}: see to "
+                    "the device, then run the same command again; nothing of them is on record"
+                )
+            continue
+        if any(one.error is None for one in group):
+            yield from held
+            held = []
+        yield group
+    yield from held
 
 
 # ------------------------------------------------------------------ Ray
@@ -138,16 +192,22 @@ class Recipe:
     dtype: str
     device: str
     hash: str
+    lora_hashes: tuple[str, ...]
     fast: bool
     threads: int | None  # None: as the worker has them
     finish: Finish
     metadata: bool
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the worker's threads, which change how sums are rounded, and its kernels are the same each time."""
+        return self.threads is not None
+
 
 def recipe(
-    pipe: DiffusionFMPipeline, fingerprint: str, finish: Finish, metadata: bool, threads: int | None
+    pipe: DiffusionFMPipeline, made: dict[str, Any], finish: Finish, metadata: bool, deterministic: bool
 ) -> Recipe:
-    """The recipe of a loaded pipeline. ValueError for one that is in memory alone."""
+    """The recipe of a loaded pipeline; made: what `made_by` tells of it. ValueError for one that is in memory alone."""
     folder = pipe.config.get("_name_or_path")
     if not folder or not Path(folder).is_dir():
         raise ValueError(
@@ -156,7 +216,9 @@ def recipe(
     loras = tuple((str(pipe.lora_sources[name].resolve()), scale) for name, scale in pipe.loras.items())
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     where = (str(Path(folder).resolve()), loras, dtype, pipe.device.type)
-    return Recipe(*where, fingerprint, pipe.fast, threads, finish, metadata)
+    hashes = made["model_hash"], tuple(made["lora_hashes"])
+    threads = torch.get_num_threads() if deterministic else None
+    return Recipe(*where, *hashes, pipe.fast, threads, finish, metadata)
 
 
 @lru_cache(1)
@@ -169,19 +231,20 @@ def _load(how: Recipe) -> Drawer:
     pipe = DiffusionFMPipeline.from_pretrained(how.model, dtype=how.dtype, device=how.device, fast=how.fast)
     for folder, scale in how.loras:
         pipe.load_lora(folder, scale, any_model=True)  # whoever began the batch was asked
-    if pipe.fingerprint() != how.hash:
+    found = made_by(pipe)
+    if found["model_hash"] != how.hash:
         raise ValueError(f"{how.model} is another model on this machine: copy the same folder to all")
+    for (folder, _), here, there in zip(how.loras, found["lora_hashes"], how.lora_hashes, strict=True):
+        if here != there:
+            raise ValueError(f"{folder} is another LoRA on this machine: copy the same to all")
     return Drawer(pipe)
 
 
 def draw_remotely(how: Recipe, jobs: list[Job]) -> list[Drawn]:
     """Draw and encode a group on a worker; harmless when done twice."""
     drawer = _load(how)
-
-    def describe(job: Job) -> dict[str, Any] | None:
-        return drawer.pipe.describe(job.prompt, job.seed, job.settings) if how.metadata else None
-
-    return [encode(drawn, how.finish, describe) for drawn in drawer.draw(jobs)]
+    with kernels(how.deterministic):
+        return [encode(drawn, how.finish, how.metadata) for drawn in drawer.draw(jobs)]
 
 
 def draw_all(drawer: Drawer, batches: Batches, how: Recipe | None, workers: int) -> Iterator[list[Drawn]]:
@@ -191,4 +254,4 @@ def draw_all(drawer: Drawer, batches: Batches, how: Recipe | None, workers: int)
         return
     from diffusionfm import ray_jobs
 
-    yield from ray_jobs.each(partial(draw_remotely, how), batches, workers)
+    yield from ray_jobs.each(partial(draw_remotely, how), batches, workers, drawer.lost)

@@ -18,9 +18,11 @@ TOKENS = 512
 MOST = {"cpu": 8, "mps": 8, "cuda": 64}
 
 
-def batch_size(device: torch.device, needs: int) -> int:
-    """Pictures for one network call on a device, 1 to MOST of its kind, when one needs that many bytes."""
-    return max(1, min(MOST.get(device.type, 8), int(SHARE * free_bytes(device)) // needs))
+def batch_size(device: torch.device, needs: int, sharing: int = 1) -> int:
+    """Pictures for one network call on a device, 1 to MOST of its kind, when one needs that many bytes.
+
+    sharing: processes that draw there at a time."""
+    return max(1, min(MOST.get(device.type, 8), int(SHARE * free_bytes(device)) // (needs * sharing)))
 
 
 def picture_bytes(pipe: DiffusionFMPipeline, width: int, height: int, copies: int) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,24 +108,25 @@ class Options:
             self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only), pipe.settings
         )
 
-    def kernels(self) -> AbstractContextManager[Any]:
-        """The same CUDA kernels each time, if so asked, rather than those found fastest; a CPU has no choice."""
+    def processes(self, pipe: DiffusionFMPipeline) -> tuple[int, int]:
+        """How many draw at a time, as far as this machine can tell, and how many of them share a device's memory."""
+        if self.engine == "local":
+            return 1, 1
         import torch
 
-        if not self.deterministic:
-            return nullcontext()
-        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        gpus = torch.cuda.device_count() if pipe.device.type == "cuda" else 0
+        own = gpus or os.cpu_count() or 1
+        wanted = self.workers or own
+        here = min(wanted, own)
+        return wanted if os.environ.get("RAY_ADDRESS") else here, 1 if gpus else here
 
     def recipe(self, pipe: DiffusionFMPipeline, run: Run) -> Recipe | None:
         """How Ray workers make the pictures; None when this process does."""
         if self.engine == "local":
             return None
-        import torch
-
         from diffusionfm.batch.draw import recipe
 
-        threads = torch.get_num_threads() if self.deterministic else None  # they change how sums are rounded
-        return recipe(pipe, run.made_by["model_hash"], self.finish, self.metadata, threads)
+        return recipe(pipe, run.made_by, self.finish, self.metadata, self.deterministic)
 
 
 def made_by(pipe: DiffusionFMPipeline) -> dict[str, Any]:

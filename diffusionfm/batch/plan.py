@@ -20,7 +20,9 @@ SHORT, LONG = 2, 4  # steps of the two calls that are timed
 
 @dataclass
 class Plan:
-    """Rows, pictures to make by shape, those on record, and broken rows; seconds: the estimate, None for no picture."""
+    """Rows, pictures to make by shape, those on record, and those that cannot be drawn.
+
+    seconds: the estimate, None for no picture. workers: how many draw at a time, as far as this machine can tell."""
 
     rows: int
     pictures: int = 0
@@ -31,6 +33,7 @@ class Plan:
     shapes: Counter[Shape] = field(default_factory=Counter)
     seconds: float | None = None
     batch_size: int = 0
+    workers: int = 1
     advice: Advice = field(default_factory=Advice)
 
     def count(self, job: Job, state: int | None) -> None:
@@ -41,15 +44,17 @@ class Plan:
             self.done += state != FAILED
         elif job.error:
             self.broken += 1
-            if len(self.errors) < SHOWN:
-                self.errors.append(f"{job.id}: {job.error}")
+            told = f"{job.id}: {job.error}"
+            if len(self.errors) < SHOWN and told not in self.errors:
+                self.errors.append(told)
         else:
             self.shapes[job.shape] += 1
 
-    def estimate(self, drawer: Drawer) -> None:
+    def estimate(self, drawer: Drawer, workers: int = 1) -> None:
         """Time two short calls of the commonest shape; others are scaled by pixels, steps and guidance."""
         if not self.shapes:
             return
+        self.workers = workers
         (shape, count), *_ = self.shapes.most_common(1)
         steps, guidance, width, height = shape
         self.batch_size = min(count, drawer.size(shape))
@@ -72,7 +77,7 @@ class Plan:
             larger = drawer.pipe.scale(high, wide) / drawer.pipe.scale(height, width)
             area = wide * high / (width * height) / larger**2
             copies = (1 if scale == 1 else 2) / (1 if guidance == 1 else 2)
-            self.seconds += pictures / self.batch_size * area * (fixed + n * copies * step)
+            self.seconds += pictures / self.batch_size * area * (fixed + n * copies * step) / workers
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
@@ -94,13 +99,14 @@ class Plan:
         if len(self.shapes) > SHOWN:
             lines.append(f"  and {len(self.shapes) - SHOWN:,} other shapes")
         if self.broken:
-            lines.append(f"{self.broken:,} rows cannot be drawn, such as:")
+            lines.append(f"{self.broken:,} pictures cannot be drawn, such as:")
             lines += [f"  {error}" for error in self.errors]
         lines += self.advice.lines()
         if self.seconds is not None:
             speed = todo / self.seconds if self.seconds else 0
+            where = "this machine" if self.workers == 1 else f"{self.workers} workers as fast as one here"
             lines.append(
-                f"about {_span(self.seconds)} on this machine, {speed:.2f} pictures/s, {self.batch_size} a network call"
+                f"about {_span(self.seconds)} on {where}, {speed:.2f} pictures/s, {self.batch_size} a network call"
             )
         return "\n".join(lines)
 

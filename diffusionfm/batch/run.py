@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from diffusionfm.batch.advice import Advice
-from diffusionfm.batch.draw import WORDS, Drawer, Drawn, draw_all, encode
+from diffusionfm.batch.draw import WORDS, Drawer, Drawn, draw_all, encode, kernels, while_alive
 from diffusionfm.batch.jobs import Job, Run, groups
-from diffusionfm.batch.manifest import FAILED, Manifest, locked
+from diffusionfm.batch.manifest import FAILED, OK, Manifest, locked
 from diffusionfm.batch.options import Options
 from diffusionfm.batch.plan import Plan
 from diffusionfm.batch.report import SHEETS, Summary, write_sheets
@@ -46,7 +47,7 @@ def generate_batch(
 
     rows: a file, "-", or dicts and prompts, see `Rows`. options: or the fields of `Options` one by one. load_seconds:
     what loading the model took, for the report. Raises ValueError before any work for bad options and for rows that
-    clash with the manifest already there, and OSError when the folder cannot be written.
+    clash with the manifest already there, and OSError when the folder cannot be written or the device draws no more.
     """
     batch = Batch(rows, pipe, Path(out_dir), options or Options(**more))
     batch.out.mkdir(parents=True, exist_ok=True)
@@ -66,8 +67,22 @@ def plan_batch(
     plan = Plan(len(batch.rows), advice=batch.advice)
     for job, state in batch.jobs():
         plan.count(job, state)
-    plan.estimate(batch.drawer)
+    with _threads_of_a_worker(batch.options):
+        plan.estimate(batch.drawer, batch.processes)
     return plan
+
+
+@contextmanager
+def _threads_of_a_worker(options: Options) -> Iterator[None]:
+    """As many threads as one of Ray's workers has, which is one, where they draw."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(1 if options.engine == "ray" else own)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 class Batch:
@@ -82,7 +97,8 @@ class Batch:
         self.finish = options.finish
         self.run = options.run(pipe)
         self.rows = rows if isinstance(rows, Rows) else Rows(rows, options.wildcards)
-        self.drawer = Drawer(pipe, 1 if options.deterministic else options.batch_size)
+        self.processes, sharing = options.processes(pipe)
+        self.drawer = Drawer(pipe, 1 if options.deterministic else options.batch_size, sharing)
         self.store = open_store(options.to, out, self.finish.suffix, options.samples_per_shard)
         self.advice = Advice()
         self.summary = Summary(advice=self.advice)
@@ -113,16 +129,18 @@ class Batch:
         summary.load_seconds = load_seconds
         for _, state in self.jobs():
             total += 1
-            summary.skipped += state is not None
+            summary.skipped += state == OK
             summary.failed += state == FAILED
         self.manifest.compact()
         self.store.resume(self.manifest.in_file)
         off = None if progress else True
         try:
             with (
-                self.options.kernels(),
+                kernels(self.options.deterministic),
                 self.manifest.appending() as self.record,
-                tqdm(total=total, initial=summary.skipped, unit="img", disable=off) as self.bar,
+                tqdm(
+                    total=total, initial=summary.skipped + summary.failed, unit="img", disable=off
+                ) as self.bar,
                 ThreadPoolExecutor(1, "writer") as writer,
             ):
                 self._draw(writer)
@@ -139,7 +157,8 @@ class Batch:
         how = self.options.recipe(self.pipe, self.run)
         todo = (job for job in self.run.jobs(self.rows) if self.manifest.state(job) is None)
         pending: deque[Future[None]] = deque()
-        for drawn in draw_all(self.drawer, groups(todo, self.drawer.size), how, self.options.workers):
+        found = draw_all(self.drawer, groups(todo, self.drawer.size), how, self.options.workers)
+        for drawn in while_alive(found):
             pending.append(writer.submit(self._keep, drawn))
             while len(pending) > AHEAD or (pending and pending[0].done()):
                 pending.popleft().result()
@@ -151,7 +170,7 @@ class Batch:
         if self.broken:
             return
         self.broken = True
-        done = [encode(one, self.finish, self._describe) for one in drawn]
+        done = [encode(one, self.finish, self.options.metadata) for one in drawn]
         while done:
             room = self.store.room()
             part, done = done[:room], done[room:]
@@ -161,9 +180,6 @@ class Batch:
             self.record(records)
             self._count(part)
         self.broken = False
-
-    def _describe(self, job: Job) -> dict[str, Any] | None:
-        return self.pipe.describe(job.prompt, job.seed, job.settings) if self.options.metadata else None
 
     def _sample(self, drawn: Drawn) -> Sample:
         job, (width, height) = drawn.job, drawn.size
