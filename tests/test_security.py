@@ -375,6 +375,7 @@ def test_f5_the_cache_is_cleaned_and_bounded(studio, http, drawn, monkeypatch):
 
 def test_f5_uploads_under_way_are_counted_and_what_is_taken_away_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "MAX_FOLDER", 1000)
+    monkeypatch.setattr(gate, "MAX_UPLOAD", 800)
     monkeypatch.setattr(gate, "SPARE", 0)
     (tmp_path / gate.TAKEN).mkdir()
     (tmp_path / gate.TAKEN / "batch.zip").write_bytes(bytes(5000))
@@ -382,7 +383,7 @@ def test_f5_uploads_under_way_are_counted_and_what_is_taken_away_is_not(tmp_path
     (tmp_path / "a" / "a.png").write_bytes(bytes(100))
     answers: list[int] = []
 
-    async def upload(size: int, until: asyncio.Event) -> None:
+    async def upload(size: int, until: asyncio.Event, address: str = "10.0.0.1") -> None:
         async def app(scope, receive, send):
             answers.append(200)
             await until.wait()
@@ -393,7 +394,7 @@ def test_f5_uploads_under_way_are_counted_and_what_is_taken_away_is_not(tmp_path
         outer.app = app
         head = [(b"host", b"localhost"), (b"content-length", str(size).encode())]
         scope = {"type": "http", "method": "POST", "path": "/upload", "scheme": "http", "headers": head}
-        await outer(scope | {"client": ("127.0.0.1", 1)}, None, send)
+        await outer(scope | {"client": (address, 1)}, None, send)
 
     async def several() -> None:
         held, free = asyncio.Event(), asyncio.Event()
@@ -401,15 +402,16 @@ def test_f5_uploads_under_way_are_counted_and_what_is_taken_away_is_not(tmp_path
         first = asyncio.create_task(upload(600, held))
         while not answers:
             await asyncio.sleep(0.01)
-        await upload(400, free)  # beside 600 that come and 100 that are there
-        await upload(300, free)
+        await upload(400, free, "10.0.0.2")  # beside 600 that come and 100 that are there
+        await upload(300, free, "10.0.0.2")
+        await upload(300, free)  # with the 600 it is too much for one
         held.set()
         await first
         await upload(400, free)
 
     outer = gate.Gate(lambda *_: None, Access(), ["/upload"], folder=tmp_path)
     asyncio.run(several())
-    assert answers == [200, 507, 200, 200] and outer._coming == 0
+    assert answers == [200, 507, 200, 429, 200] and not outer._coming
 
 
 # ------------------------------------------------------------------ uploads and parameters, as far as the page has them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -41,27 +42,29 @@ class Gate:
         folder: Path | None = None,
     ):
         self.app, self.access, self.uploads, self.folder = app, access, uploads, folder
-        self._coming = 0  # bytes of uploads under way
+        self._coming: Counter[str] = Counter()  # bytes of uploads under way, by caller
         self.paths, self.open_paths, self.own = _split(paths), _split(open_paths), tuple(own)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        size = 0
+        mine: Counter[str] = Counter()
         try:
             try:
                 if scope["type"] != "http":
                     raise Refusal(404, "only HTTP is spoken here")
-                size = self._check(Request(scope))
-                self._coming += size
-                await self._check_room(size)
+                request = Request(scope)
+                size = self._check(request)
+                mine[request.state.caller] = size
+                self._coming += mine
+                await self._check_room(request.state.caller, size)
             except Refusal as refusal:
                 if scope["type"] == "websocket":
                     return await send({"type": "websocket.close", "code": 1008})
                 return await refusal.response()(scope, receive, send)
             await self.app(scope, receive, send)
         finally:
-            self._coming -= size
+            self._coming -= mine
 
     def _check(self, request: Request) -> int:
         """How many bytes of uploads the request brings. Raises Refusal, status 401, 403, 404, 411, 413 or 429."""
@@ -80,11 +83,15 @@ class Gate:
         )
         return size if path == self.uploads else 0
 
-    async def _check_room(self, size: int) -> None:
-        """Raises Refusal, status 507, where so much does not fit beside the uploads there are and those under way."""
+    async def _check_room(self, caller: str, size: int) -> None:
+        """Raises Refusal, status 429 or 507, where so much does not fit beside what is there and what is under way."""
         if not size or self.folder is None:
             return
-        if not await asyncio.to_thread(has_room, self.folder, self._coming, MAX_FOLDER, TAKEN):
+        if self._coming[caller] > MAX_UPLOAD:  # else one who sends nothing could keep all the room
+            raise Refusal(
+                429, "other uploads of yours are under way: wait until they have ended", retry_after=10
+            )
+        if not await asyncio.to_thread(has_room, self.folder, self._coming.total(), MAX_FOLDER, TAKEN):
             raise Refusal(507, "there is no room for more files now: try again in an hour")
 
 
