@@ -353,7 +353,7 @@ def test_no_metadata_leaves_nothing_in_what_is_handed_out(studio, monkeypatch):
     }
     run = lane.runs.new(ME, "batch", "x")
     assert "--no-metadata" in batch.Tab._command(
-        SimpleNamespace(lane=lane), ME, run, Path("rows.txt"), settings
+        SimpleNamespace(lane=lane), ME, run, run.folder / "rows.txt", settings
     )
     lane.runs.delete(run)
 
