@@ -125,7 +125,9 @@ def _pictures(out: Path, records: list[dict[str, Any]]) -> Iterator[Image.Image]
         if members == [None]:
             yield _small(file.read_bytes(), file.suffix)
             continue
-        found = {member: _small(data, file.suffix) for member, data in _members(file, set(members))}
+        found: dict[str | None, Image.Image] = {
+            member: _small(data, file.suffix) for member, data in _members(file, set(members))
+        }
         yield from (found[member] for member in members)
 
 
