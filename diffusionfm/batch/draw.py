@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from diffusionfm.pipeline import DiffusionFMPipeline
 
 WORDS = 1024  # prompts whose features are kept, or what the model cannot read of them
-DEAD = 5  # groups wholly lost one after the other are the device's fault, not theirs
 
 
 @dataclass
@@ -81,13 +80,18 @@ class Drawer:
         return fit.batch_size(self.pipe.device, self.needs[width, height, copies], self.sharing)
 
     def draw(self, jobs: list[Job]) -> list[Drawn]:
-        """The pictures of jobs that share a shape, or of one broken job its failure."""
+        """The pictures of jobs that share a shape, or of a broken one its failure; OSError when the device is dead."""
         if jobs[0].error:
             return [Drawn(jobs[0], error=jobs[0].error, kind="row")]
         began = time.monotonic()
         try:
             found = self._call(jobs)
         except (ValueError, ArithmeticError, RuntimeError) as error:
+            if _kind(error) == "drawing" and not answers(self.pipe.device):
+                raise OSError(
+                    f"the device draws no more: {' '.join(str(error).split())[:500]}: see to it, then run the same "
+                    "command again; nothing of these pictures is on record"
+                ) from error
             if len(jobs) == 1:
                 said = " ".join(str(error).split())[:500]
                 return [Drawn(jobs[0], error=said, kind=_kind(error))]
@@ -158,26 +162,12 @@ def kernels(deterministic: bool) -> AbstractContextManager[Any]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
 
 
-def while_alive(drawn: Iterable[list[Drawn]]) -> Iterator[list[Drawn]]:
-    """Groups as they come; those wholly lost in drawing are held back until a picture succeeds, or all have come.
-
-    OSError, and those are not given on, when DEAD came one after the other: the device is at fault, and would fail all
-    the rest."""
-    held: list[list[Drawn]] = []
-    for group in drawn:
-        if all(one.kind == "drawing" for one in group):
-            held.append(group)
-            if len(held) == DEAD:
-                raise OSError(
-                    f"{DEAD} groups of pictures failed one after the other, the last with: {group[-1].error}: see to "
-                    "the device, then run the same command again; nothing of them is on record"
-                )
-            continue
-        if any(one.error is None for one in group):
-            yield from held
-            held = []
-        yield group
-    yield from held
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes: after some errors a GPU does nothing more for its process."""
+    try:
+        return bool((torch.ones(1, device=device) + 1).item() == 2)
+    except RuntimeError:
+        return False
 
 
 # ------------------------------------------------------------------ Ray

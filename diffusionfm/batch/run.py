@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from diffusionfm.batch.advice import Advice
-from diffusionfm.batch.draw import WORDS, Drawer, Drawn, draw_all, encode, kernels, while_alive
+from diffusionfm.batch.draw import WORDS, Drawer, Drawn, draw_all, encode, kernels
 from diffusionfm.batch.jobs import Job, Run, groups
 from diffusionfm.batch.manifest import FAILED, OK, Manifest, locked
 from diffusionfm.batch.options import Options
@@ -157,8 +157,7 @@ class Batch:
         how = self.options.recipe(self.pipe, self.run)
         todo = (job for job in self.run.jobs(self.rows) if self.manifest.state(job) is None)
         pending: deque[Future[None]] = deque()
-        found = draw_all(self.drawer, groups(todo, self.drawer.size), how, self.options.workers)
-        for drawn in while_alive(found):
+        for drawn in draw_all(self.drawer, groups(todo, self.drawer.size), how, self.options.workers):
             pending.append(writer.submit(self._keep, drawn))
             while len(pending) > AHEAD or (pending and pending[0].done()):
                 pending.popleft().result()
