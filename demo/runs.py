@@ -158,7 +158,9 @@ class Runs:
             )
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or kind
         run = Run(self._home(person) / f"{slug}-{secrets.token_hex(4)}")
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)  # one that is there is somebody's, and stays as it is
+        self.root.mkdir(
+            parents=True, exist_ok=True, mode=0o700
+        )  # one that is there is somebody's, and stays as it is
         for folder in (run.folder.parent, run.folder):
             _shut(folder)
         run.keep(kind=kind, name=name.strip()[:60] or kind, created=time.time())
