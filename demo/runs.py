@@ -23,6 +23,7 @@ from typing import Any
 
 from diffusionfm.images import write_atomic
 from diffusionfm.serve.gate import has_room
+from diffusionfm.serve.jobs import Attempt
 from diffusionfm.serve.turns import Turns
 
 from .processes import PATIENCE, Command, begun, end, is_locked
@@ -278,13 +279,15 @@ class Runs:
                     return
                 run = self._current = self._in_turn()[0]
                 self._now = self._waiting.pop(run).number
-            try:
+            word = "failed"
+            with Attempt() as attempt:  # whatever is wrong with one must not end the lane for all
                 word = self._go(run)
-            except Exception as error:  # whatever is wrong with one must not end the lane for all
-                traceback.print_exc()
-                word = "failed"
+            if attempt.error is not None:
+                traceback.print_exception(attempt.error)
                 with suppress(OSError), open(run.folder / "errors.txt", "a", encoding="utf-8") as file:
-                    file.write(f"error: it could not be run: {error or type(error).__name__}\n")
+                    file.write(
+                        f"error: it could not be run: {attempt.error or type(attempt.error).__name__}\n"
+                    )
             with self._changed:
                 word = "stopped" if run in self._stopped and word != "done" else word
                 self._stopped.discard(run)
