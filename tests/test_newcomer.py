@@ -34,7 +34,7 @@ def post(url: str, **body: object) -> dict:
 
 def commands() -> list[list[str]]:
     """The words after `diffusionfm` of the README's three commands for one's own pictures."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your pictures")[1]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Fine-tuning")[1]
     block = section.split("```bash\n")[1].split("```")[0]
     return [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
 
