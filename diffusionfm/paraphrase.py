@@ -26,7 +26,7 @@ from diffusionfm import flow
 from diffusionfm.data.icons.wordnet import Sense
 from diffusionfm.phrasing import article, in_style, on_background
 from diffusionfm.text import encode_prompts, pool
-from diffusionfm.transformer import DiffusionTransformer, ReadingAttention
+from diffusionfm.transformer import DiffusionTransformer, ReadingAttention, of_image
 
 Pair = tuple[str, str]  # a text, and the text that it is to be read as
 STYLED, GROUND = 0.4, 0.2  # shares of pairs that name a style, and a background
@@ -137,7 +137,7 @@ class Reading(nn.Module):
         def watch(attention: ReadingAttention, given: tuple[Any, ...]) -> None:
             """Keep some of the picture's queries, and what its own keys give them: their mass and their mean value."""
             x, _, _, rope = given
-            q, k, v = attention.of_image(x, rope)
+            q, k, v = of_image(attention, x, rope)
             at = torch.rand(q.shape[:2], generator=generator).argsort(1)[:, :queries]
             q = q.gather(1, at[..., None, None].expand(-1, -1, *q.shape[2:])) * q.shape[-1] ** -0.5
             score = torch.einsum("b n h d, b l h d -> b n h l", q, k)

@@ -261,15 +261,10 @@ class ReadingAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, text_kv: KeyValue, mask: Tensor, rope: Tensor) -> Tensor:
-        q, k, v = self.of_image(x, rope)
+        q, k, v = of_image(self, x, rope)
         text_k, text_v = text_kv
         x = attention(q, torch.cat([text_k, k], 1), torch.cat([text_v, v], 1), mask, self.kernel)
         return self.out(rearrange(x, "b l h d -> b l (h d)"))
-
-    def of_image(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, l, h, d) of the picture's tokens."""
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b l h d", n=3, h=self.heads)
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
     def text_keys_values(self, text: Tensor) -> KeyValue:
         k, v = rearrange(self.text_kv(text), "b l (n h d) -> n b l h d", n=2, h=self.heads)
@@ -342,6 +337,14 @@ def time_features(t: Tensor, count: int) -> Tensor:
 
 
 # ---- functions -------------------------------------------------------------------------------------------
+
+
+def of_image(attention: ReadingAttention, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (b, l, h, d) of the picture's tokens.
+
+    No method: FSDP gathers a module's weights for a public one and lets them go when it returns, amid the forward."""
+    q, k, v = rearrange(attention.qkv(x), "b l (n h d) -> n b l h d", n=3, h=attention.heads)
+    return rotate(attention.q_norm(q), rope), rotate(attention.k_norm(k), rope), v
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
