@@ -133,6 +133,11 @@ class Reading(nn.Module):
         for hook in hooks:
             hook.remove()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Reading:
+        """To another device with all that was seen."""
+        self.seen = [[fn(part) for part in parts] for parts in self.seen]
+        return super()._apply(fn, recurse)
+
     def _watch(self, queries: int, generator: torch.Generator) -> Any:
         def watch(attention: ReadingAttention, given: tuple[Any, ...]) -> None:
             """Keep some of the picture's queries, and what its own keys give them: their mass and their mean value."""

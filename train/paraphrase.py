@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> Path:
         print(f"{len(pairs)} texts for {len(phrases)} phrases, {len(kept)} of them kept back", flush=True)
         captions = [texts[k % min(PLAIN, len(texts))] for k, (*_, texts) in enumerate(told) if texts]
         styles = sorted({style for _, _, style, _ in told if style})
-        texts = Texts([pair for pair in pairs if pair not in set(kept)], captions)
+        texts = Texts([pair for pair in pairs if not is_kept_back(pair[0], cfg.kept_back)], captions)
         collate = partial(collate_texts, styles=styles, colors=sorted(COLORS))
         data = Batches(texts, collate, cfg.trainer.batch_size, cfg.trainer.seed, weights=texts.weights())
 
