@@ -200,6 +200,8 @@ class Tab(RunTab):
         broken = "".join(note(f"{record['id']}: {record['error']}", "warn") for record in found.problems[:3])
         if state.word == "waiting":
             return waiting(state)
+        if state.word == "stopping":
+            return note("Stopping …")
         if state.word == "done":
             return note(f"{found.done} pictures drawn.")
         if state.word == "failed":

@@ -91,7 +91,7 @@ class DrawTab:
             self._follow(found, [*seen, *more])
 
         self.lane.opened.append(rejoin)
-        at.cancel.click(self.cancel, ticket, [at.status, at.cancel], js=TICKET, **QUIET)
+        at.cancel.click(self.cancel, ticket, js=TICKET, **QUIET)
 
     def _follow(self, begun: Any, seen: list[Any], **how: Any) -> None:
         """Watch the drawing once it has begun: the lane bounds how many there are, each has one onlooker."""
@@ -156,11 +156,9 @@ class DrawTab:
         drawing = self.lane.find(self._owner(ticket, request), owner_of(request))
         return None if drawing is None or drawing.cancelled else drawing
 
-    def cancel(self, ticket: str, request: gr.Request) -> Update:
-        """Stop this person's drawing, and nobody else's."""
-        if not self.lane.cancel(self._owner(ticket, request)):
-            return {self.at.status: gr.skip()}  # it was finished already
-        return {self.at.status: cards.note("Stopping …"), self.at.cancel: gr.Button(interactive=False)}
+    def cancel(self, ticket: str, request: gr.Request) -> None:
+        """Stop this person's drawing, and nobody else's. `watch` tells of it: a word from here could come after it."""
+        self.lane.cancel(self._owner(ticket, request))
 
     def clear(self) -> Update:
         """The bare stage, ready for the next drawing: after Cancel, and after an error, which Gradio shows."""

@@ -239,6 +239,8 @@ class Tab(RunTab):
     def _status(self, run: Run, state: State, found: Look) -> str:
         if state.word == "waiting":
             return waiting(state)
+        if state.word == "stopping":
+            return note("Stopping …")
         if state.word == "failed":
             return note(f"It failed: {run.problem}", "warn")
         if state.word == "done":

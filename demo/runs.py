@@ -114,7 +114,7 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """How a run fares: draft, waiting, running, done, stopped or failed; before: runs that go first."""
+    """How a run fares: draft, waiting, running, stopping, done, stopped or failed; before: runs that go first."""
 
     word: str
     before: int = 0
@@ -122,7 +122,7 @@ class State:
     @property
     def busy(self) -> bool:
         """Whether it will change by itself."""
-        return self.word in ("waiting", "running")
+        return self.word in ("waiting", "running", "stopping")
 
 
 @dataclass(frozen=True, order=True)
@@ -141,8 +141,7 @@ class Runs:
         self._turns, self._now = Turns(), 0.0  # the number of the run that had its turn last
         self._waiting: dict[Run, Place] = {}  # in the order of their coming
         self._current: Run | None = None
-        self._is_begun = False
-        self._stopped: set[Run] = set()
+        self._is_begun = self._is_stopped = False  # of the current one
         self._changed = threading.Condition()
         self._closing = False
         self._worker: threading.Thread | None = None
@@ -230,7 +229,7 @@ class Runs:
                 del self._waiting[run]
                 _write(run.folder / "state.json", {"word": "stopped"})
             elif run == self._current:
-                self._stopped.add(run)
+                self._is_stopped = True
                 if self._is_begun:
                     end(run.folder)
             elif self.state(run).word == "running":  # begun by a studio that is gone
@@ -240,7 +239,7 @@ class Runs:
         """How a run fares."""
         with self._changed:
             if run == self._current:
-                return State("running")
+                return State("stopping" if self._is_stopped else "running")
             if run in self._waiting:
                 return State("waiting", self._in_turn().index(run) + (self._current is not None))
         if is_locked(run.folder):
@@ -272,7 +271,7 @@ class Runs:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._current, self._is_begun = None, False
+                self._current, self._is_begun, self._is_stopped = None, False, False
                 while not self._waiting and not self._closing:
                     self._changed.wait()
                 if self._closing:
@@ -289,8 +288,7 @@ class Runs:
                         f"error: it could not be run: {attempt.error or type(attempt.error).__name__}\n"
                     )
             with self._changed:
-                word = "stopped" if run in self._stopped and word != "done" else word
-                self._stopped.discard(run)
+                word = "stopped" if self._is_stopped and word != "done" else word
             try:
                 _write(run.folder / "state.json", {"word": word})
             except OSError:  # the disk is full
@@ -301,12 +299,12 @@ class Runs:
             process = begun(run.folder, command)
             with self._changed:
                 self._is_begun = True
-                if run in self._stopped:
+                if self._is_stopped:
                     end(run.folder)
             code = process.wait()
             with self._changed:
                 self._is_begun = False
-            if code or run in self._stopped:
+            if code or self._is_stopped:
                 return "failed"
         return "done"
 

@@ -99,10 +99,10 @@ class RunTab:
     def stop(self, person: str, key: str) -> Update:
         """Stop the run; it keeps what it has made."""
         run = self.runs.get(person, self.kind, key)
-        if run is None:
+        if run is None or "commands" not in run.facts:
             return self.same
         self.runs.stop(run)
-        return {self.at.status: note("Stopping …"), self.at.stop: gr.Button(interactive=False)}
+        return self.progress(person, run, ())
 
     @told
     def open(self, person: str, key: str) -> Update:
@@ -153,7 +153,7 @@ class RunTab:
         can = state.word in ("stopped", "failed") or (state.word == "draft" and may)
         return {
             self.at.start: gr.Button(word, interactive=can),
-            self.at.stop: gr.Button(interactive=state.busy),
+            self.at.stop: gr.Button(interactive=state.busy and state.word != "stopping"),
             self.at.delete: gr.Button(interactive=there and not state.busy),
             self.at.timer: gr.Timer(active=state.busy),
         }

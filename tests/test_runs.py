@@ -186,6 +186,7 @@ def test_who_does_not_listen_is_killed(lane, sleeper, monkeypatch):
     while not run.said:
         time.sleep(0.02)
     lane.stop(run)
+    assert lane.state(run).word == "stopping"
     assert until(lane, run, "stopped", seconds=20)
 
 
