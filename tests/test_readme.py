@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = README) -> list[str]:
     """The fenced blocks of one language, continued lines joined."""
-    return [b.replace("\\\n", " ") for b in re.findall(rf"```{language}\n(.*?)```", README, re.S)]
+    return [b.replace("\\\n", " ") for b in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
 
 
-def lines(start: str) -> list[str]:
+def lines(start: str, text: str = README) -> list[str]:
     """The README's command lines that begin so, comments cut."""
-    found = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    found = [line.split("  #")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
     return [line for line in found if line.startswith(start)]
 
 
@@ -37,7 +37,8 @@ def desk(tmp_path, monkeypatch):
 
 
 def test_the_commands_run_one_after_the_other(desk):
-    commands = [shlex.split(line)[1:] for line in lines(".venv/bin/diffusionfm")]
+    draw = README[README.index("## Draw") : README.index("## The studio")]
+    commands = [shlex.split(line)[1:] for line in lines("diffusionfm", draw)]
     assert {command[0] for command in commands} == {"generate", "batch", "finetune"}
     for command in commands:
         assert main([*command, "--steps", "2"]) == 0, command
