@@ -1,9 +1,9 @@
 # make demo opens the studio, make test runs the tests; both install first what they need.
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS ?= demo,data,dev
+EXTRAS ?= data,dev
 PORT   ?= 7860
-SHARDS ?= shards/icons
+SHARDS ?= data/icons
 comma  := ,
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -57,7 +57,7 @@ format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-shards: install  ## build the open-icons corpus in shards/icons (SHARDS=...)
+shards: install  ## build the open-icons corpus in data/icons (SHARDS=...)
 	$(BIN)/diffusionfm shards build configs/data/icons.yaml --out $(SHARDS)
 
 clean:  ## remove what builds and tests leave; runs, shards and .venv stay

@@ -12,10 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffusionfm.images import write_atomic
+
 STEPS = (1, 500)
 GUIDANCE = (0.0, 50.0)
 STRENGTH = (0.01, 1.0)
-SIZE = (32, 1024)
+SIZE = (32, 2048)  # a picture of 1,024 x 1,024 pixels' area may be twice as long
 SIZE_MULTIPLE = 16
 SEED = (0, 2**63 - 1)
 IMAGES = (1, 1000)
@@ -250,7 +252,7 @@ def _check_component(folder: Path, name: str) -> None:
 def write_checksums(folder: Path) -> None:
     """checksums.json beside a model's weights: the SHA-256 of each file, so that a damaged copy is seen."""
     found = {file: _sha256(folder / file) for file in (f"{name}/{file}" for name, file in WEIGHTS.items())}
-    (folder / CHECKSUMS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_atomic(folder / CHECKSUMS, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def check_checksums(folder: Path) -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
+import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -40,6 +41,19 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: list[st
     except OmegaConfBaseException as error:
         what = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{error.full_key or 'config'}: {what}") from error
+
+
+def check_options(key: str, given: dict[str, Any], of: Callable[..., Any]) -> None:
+    """ConfigError, naming near ones, for a key under `key` that is no optional argument of `of`, which takes them."""
+    known = [
+        name
+        for name, one in inspect.signature(of).parameters.items()
+        if one.default is not inspect.Parameter.empty
+    ]
+    for name in given:
+        if name not in known:
+            near = _near(f"{key}.{name}", [f"{key}.{one}" for one in known], known)
+            raise ConfigError(f"unknown key {key + '.' + str(name)!r}; {near}")
 
 
 def dump_config(cfg: Any, path: str | Path) -> None:

@@ -108,7 +108,7 @@ class Painter:
             for key, value in getattr(self, name).named_parameters():
                 if not bool(torch.isfinite(value).all()):
                     raise ValueError(
-                        f"{folder / name / file}: {key} holds values that are no numbers: copy it again"
+                        f"{folder / name / file}: {key} holds NaN or infinite values: copy it again"
                     )
         self.defaults, self.model_name, self.fast = read_defaults(folder), folder.resolve().name, fast
         if fast:
@@ -179,7 +179,8 @@ class Painter:
         num_inference_steps 1-500, guidance_scale 0-50 (1: no guidance, one network call instead of two),
         height and width as in `sizes`; None takes `defaults`.
         on_step(step, total, preview): called after each step, with step and total counted over all batches;
-        preview() decodes the batch as it would end. Return True to cancel, which raises Cancelled.
+        preview() decodes the batch as it would end, at the latents' own size. Return True to cancel, which raises
+        Cancelled.
         batch_size: pictures in a network call. words: encoded prompts, for calls to share.
         image: a picture to set out from, in place of noise alone; the prompt may then be "". strength: how far to
         leave it, 0.01-1. mask_image: white where to draw anew; the rest stays as it is (`edit.start_from` says more).

@@ -68,7 +68,7 @@ class PowerEMA:
 def power_of_width(sigma_rel: float) -> float:
     """The exponent gamma whose profile t^gamma has relative standard deviation `sigma_rel` in (0, 0.2886)."""
     if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"an EMA width lies between 0 and 0.28, as 0.1, not {sigma_rel}")
+        raise ValueError(f"an EMA width must be above 0 and below 0.2886, as 0.1 is, got {sigma_rel}")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusionfm import flow
 from diffusionfm.autoencoder import AutoencoderKL, PatchDiscriminator, premultiply
+from diffusionfm.config import check_options
 from diffusionfm.cost import count_flops
 from diffusionfm.features import drop_prompts
 from diffusionfm.ranks import gather, rank
@@ -285,6 +286,7 @@ class FlowMatching(nn.Module):
         tune_text: bool = False,
     ):
         super().__init__()
+        check_options("objective.times", times or {}, flow.sample_times)
         self.denoiser, self.tokenizer, self.tune_text = denoiser, tokenizer, tune_text
         self.text_encoder = text_encoder.eval().requires_grad_(tune_text)
         self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple

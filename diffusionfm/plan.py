@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffusionfm import cost, gpus
 from diffusionfm.checks import check_safetensors, read_json
+from diffusionfm.config import check_options
 from diffusionfm.data.buckets import pictures_of
 from diffusionfm.devices import has_fast_bf16
 from diffusionfm.features import EMPTY_PROMPT
@@ -85,7 +86,7 @@ def predict(cfg: Any, count: int, gpu: str, batch: int | None = None) -> Plan:
     if count < 1 or (count > MACHINE and count % MACHINE):
         raise ValueError(f"--gpus is 1 to {MACHINE}, or machines of {MACHINE}: a multiple of it, not {count}")
     if cfg.kind not in NETWORKS:
-        raise ValueError(f"kind is one of {', '.join(NETWORKS)}, not {cfg.kind!r}")
+        raise ValueError(f"kind must be one of {', '.join(NETWORKS)}, got {cfg.kind!r}")
     notes: list[str] = []
     shapes = shapes_of(cfg, count, batch, notes)
     bf16 = cfg.trainer.precision == "bf16" or (
@@ -164,10 +165,8 @@ def build(cfg: Any, shapes: Shapes, kernel: str) -> nn.Module:
     arguments = {"in_channels": shapes.channels, "text_dim": shapes.text_dim, **cfg.denoiser}
     if arguments.get("attention_kernel", "auto") == "auto":
         arguments["attention_kernel"] = kernel
-    try:
-        network = NETWORKS[cfg.kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"denoiser: {error}") from error
+    check_options("denoiser", arguments, NETWORKS[cfg.kind])
+    network = NETWORKS[cfg.kind](**arguments)
     if cfg.checkpointing:
         network.enable_gradient_checkpointing()
     return network

@@ -59,17 +59,19 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is at least 1, not {getattr(self, name)}")
+                raise ValueError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "warmup", "clip", "spike", "sample_every", "validate_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"trainer.{name} is not negative, as {getattr(self, name)} is")
+                raise ValueError(f"trainer.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"trainer.decay_fraction is between 0 and 1, not {self.decay_fraction}")
+            raise ValueError(f"trainer.decay_fraction must be from 0 to 1, got {self.decay_fraction}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"trainer.betas must be two numbers from 0 to below 1, got {self.betas}")
         widths_of(self.ema)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 words = ", ".join(str(choice).lower() for choice in choices)
-                raise ValueError(f"trainer.{name} is one of {words}, not {getattr(self, name)!r}")
+                raise ValueError(f"trainer.{name} must be one of {words}, got {getattr(self, name)!r}")
 
     def pieces(self, ranks: int) -> int:
         """How many samples each of `ranks` processes works off at a time.

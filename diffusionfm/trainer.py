@@ -84,7 +84,9 @@ class Trainer:
             data.split(self.accelerator.process_index, self.ranks)
         self.fingerprint = getattr(data, "fingerprint", None)
         if cfg.device not in ("auto", self.device.type):
-            raise ValueError(f"trainer.device={cfg.device} is not there, but {self.device.type} is")
+            raise ValueError(
+                f"trainer.device={cfg.device} is not available here: use auto or {self.device.type}"
+            )
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and has_fast_bf16(self.device))
         self.networks: Networks = objective.networks()  # type: ignore[operator]
         self.parameters = optim.trainable(self.networks, objective)
@@ -103,6 +105,9 @@ class Trainer:
         cfg, began = self.cfg, time.perf_counter()
         finished = self.step >= cfg.steps
         if finished:
+            self._say(
+                f"{self.run_dir} is at step {self.step} of {cfg.steps} already: for more, raise trainer.steps"
+            )
             self._export()
         with ExitStack() as stack:
             stack.enter_context(self._signals())
@@ -122,10 +127,10 @@ class Trainer:
                 self.seconds, began = self.seconds + time.perf_counter() - began, time.perf_counter()
                 line |= {"seconds": self.seconds, "kwh": self.joules / 3.6e6}
                 self.log.write(line, to_board=finished or self.step % cfg.log_every == 0)
-                if self.on_sample is not None and self._due(cfg.sample_every):
-                    self._sample()
                 if finished or self._due(cfg.checkpoint_every) or self.step == self._decay_start():
                     self._save()
+                if self.on_sample is not None and self._due(cfg.sample_every):
+                    self._sample()
         runtime.leave_group_at_exit()
         if self._signal:
             self._leave()

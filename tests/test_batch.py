@@ -147,6 +147,8 @@ def test_jobs_of_one_shape_share_a_call_within_a_window():
     assert all(len({job.shape for job in group}) == 1 for group in found)
     found = list(groups(mixed, lambda shape: 64, window=7))
     assert sum(map(len, found)) == 30 and max(map(len, found)) == 4  # the largest goes when seven wait
+    sizes = iter([8] * 7 + [2] * 9)  # memory ran short while the eighth was waited for
+    assert [len(group) for group in groups([job(k, 32) for k in range(8)], lambda shape: next(sizes))] == [2] * 4
     found = list(groups([job(0, 32), job(1, 32, "bad"), job(2, 32)], lambda shape: 4))
     assert [[job.seed for job in group] for group in found] == [[1], [0, 2]]
 
@@ -201,7 +203,9 @@ def test_a_device_that_draws_no_more_stops_the_run(tiny_pipe, tmp_path, monkeypa
     rows = [{"id": str(k), "prompt": f"fish {k}"} for k in range(20)]
     with monkeypatch.context() as patch:
         broken_device(patch, is_dead=True)
-        with pytest.raises(OSError, match="the device draws no more: CUDA error: an illegal memory access"):
+        with pytest.raises(
+            OSError, match="the device has stopped working \\(CUDA error: an illegal memory access"
+        ):
             make(rows, tiny_pipe, tmp_path, batch_size=2)
     assert [(r["id"], r["status"]) for r in records_of(tmp_path)] == [(str(k), "ok") for k in range(6)]
     assert make(rows, tiny_pipe, tmp_path, batch_size=2).made == 14

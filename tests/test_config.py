@@ -45,6 +45,7 @@ def test_layers_override_each_other(tmp_path):
         ("trainer.steps=0", ["trainer.steps", "at least 1"]),
         ("trainer.optimizer=sgd", ["trainer.optimizer", "muon"]),
         ("trainer.ema=0.5", ["EMA"]),
+        ("trainer.betas=[0.9]", ["trainer.betas", "two numbers"]),
         ("trainer.steps", ["key=value"]),
         ("zebra=1", ["zebra", "trainer"]),
         ("data.path=${nowhere}", ["data.path", "nowhere"]),

@@ -246,7 +246,7 @@ def test_pictures_of_unlike_size_share_a_shard(cfg, tmp_path):
 def test_bad_input_is_told_before_any_work(shards, cfg, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="text_encoder and tokenizer belong together"):
         EncoderConfig(vae=cfg.vae, text_encoder=cfg.text_encoder)
-    with pytest.raises(ValueError, match="dtype is one of"):
+    with pytest.raises(ValueError, match="dtype must be one of"):
         EncoderConfig(vae=cfg.vae, dtype="int8")
     with pytest.raises(ValueError, match="engine"):
         precompute(shards, tmp_path / "run", cfg, engine="spark")

@@ -261,6 +261,34 @@ def test_wrong_kind_and_a_vae_that_never_measures(house, refuses):
     assert "validate_every" in refuses("vae", "configs/tiny/vae.yaml", "trainer.validate_every=0")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "near"),
+    [
+        ("vae", "vae.latent_chanels=4", "vae.latent_channels"),
+        ("vae", "objective.backgrund=1", "objective.background"),
+        ("upscaler", "objective.crp=1", "objective.crop"),
+        ("text_encoder", "image_tower.dimm=8", "image_tower.dim"),
+        ("text_encoder", "objective.distil=1", "objective.distill"),
+        ("denoiser", "denoiser.widht=8", "denoiser.width"),
+        ("denoiser", "objective.tune_txt=1", "objective.tune_text"),
+        ("denoiser", "objective.times.shfit=2", "objective.times.shift"),
+    ],
+)
+def test_what_goes_to_a_network_or_an_objective_is_checked_by_name(house, refuses, recipe, override, near):
+    house.made("tiny/denoiser")
+    house.made("tiny/upscaler")
+    said = refuses(recipe, f"configs/tiny/{recipe}.yaml", override)
+    assert f"unknown key {override.partition('=')[0]!r}" in said and f"did you mean {near}" in said
+
+
+def test_what_a_denoiser_run_could_not_draw_is_told_before_it_trains(house, refuses):
+    house.made("tiny/denoiser")
+    for override, word in {"sample.steps=0": "steps must be", "sample.prompts=[]": "prompts is empty"}.items():
+        args = ["configs/tiny/denoiser.yaml", override, "trainer.output_dir=runs/undrawn"]
+        assert word in refuses("denoiser", *args)
+    assert not (house.root / "runs/undrawn/metrics.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_the_whole_way_from_a_folder_of_ones_own(tmp_path):
     """As the README says: pack the pictures, then one command makes latents and trains on from the shipped weights."""

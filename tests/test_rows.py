@@ -57,7 +57,7 @@ def test_plain_lines_and_their_flags(tmp_path):
     assert (fish.prompt, fish.width, fish.height, fish.steps) == ("naïve fish", 64, 48, 9)
     assert (fish.guidance, fish.seed, fish.negative_prompt) == (2.5, 11, "blurry, dark -- or so")
     assert "unknown flag --q: use --w" in unknown.error and unknown.id.startswith("line-5-")
-    assert "--w has no value" in bare.error and "width must be a number" in wide.error
+    assert "--w has no value" in bare.error and "width must be a whole number" in wide.error
     assert pot.prompt == "a tea--pot" and pot.error is None and empty.prompt == ""
     assert set(FLAGS) == set("whsldn")
     only_words = list(Rows(["naïve fish --w 64"]))  # in Python a prompt is a prompt
@@ -90,7 +90,7 @@ def test_csv_with_bom_quotes_newlines_and_emoji(tmp_path):
     (tmp_path / "a.csv").write_bytes(text.encode())
     a, b, c = Rows(tmp_path / "a.csv")
     assert a.prompt == 'two\r\nlines, "quoted" 🦊' and b.prompt == "plain"
-    assert c.id == "c" and "has not 2 fields" in c.error
+    assert c.id == "c" and "does not have 2 fields" in c.error
 
 
 def test_a_broken_line_is_one_broken_row(tmp_path):

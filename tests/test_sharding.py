@@ -91,7 +91,7 @@ def test_the_batch_divides_into_ranks_and_pieces():
     assert TrainerConfig(batch_size=24, grad_accum=2).pieces(4) == 3
     with pytest.raises(ValueError, match=r"batch_size=24 does not divide into 5 processes.*multiple of 10"):
         TrainerConfig(batch_size=24, grad_accum=2).pieces(5)
-    with pytest.raises(ValueError, match="trainer.sharding is one of none, fsdp, hsdp"):
+    with pytest.raises(ValueError, match="trainer.sharding must be one of none, fsdp, hsdp"):
         TrainerConfig(sharding="zero")
 
 

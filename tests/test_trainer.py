@@ -197,7 +197,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_any_work(tmp_path, monkey
     with pytest.raises(ValueError, match="pip install trackio"):
         train(tmp_path / "run", tracker="trackio")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="trainer.tracker is one of tensorboard, trackio, none"):
+    with pytest.raises(ValueError, match="trainer.tracker must be one of tensorboard, trackio, none"):
         config(tmp_path, tracker="wandb")
 
 

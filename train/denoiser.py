@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from diffusionfm.checkpoint import weights_hash
-from diffusionfm.config import parse_args, user_errors
+from diffusionfm.config import check_options, parse_args, user_errors
+from diffusionfm.data.order import Batches
 from diffusionfm.data.training import (
     DataConfig,
     collate_latents,
@@ -17,6 +18,7 @@ from diffusionfm.data.training import (
     latent_batches,
     latent_dataset,
 )
+from diffusionfm.drawing import plan_tasks
 from diffusionfm.encoders import load_text, load_vae
 from diffusionfm.images import contact_sheet, in_common, save_png
 from diffusionfm.needs import make_missing, require
@@ -67,7 +69,9 @@ def main(argv: list[str] | None = None) -> Path:
     cfg = parse_args(DenoiserConfig, argv, __doc__, "python train/denoiser.py configs/icons/denoiser.yaml")
     with user_errors():
         if cfg.kind not in DENOISERS:
-            raise ValueError(f"kind is one of {', '.join(DENOISERS)}, not {cfg.kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(DENOISERS)}, got {cfg.kind!r}")
+        check_options("denoiser", cfg.denoiser, DENOISERS[cfg.kind])
+        check_options("objective", cfg.objective, FlowMatching)
         make_missing(cfg.needs)
         require(vae=cfg.vae, text_encoder=cfg.text_encoder, tokenizer=cfg.tokenizer)
         torch.manual_seed(cfg.trainer.seed)
@@ -78,11 +82,14 @@ def main(argv: list[str] | None = None) -> Path:
         held_out = collate_latents(fixed_samples(unseen, cfg.validation_latents, cfg.data.buckets))
         data = latent_batches(cfg.data, batch_size=cfg.trainer.batch_size, seed=cfg.trainer.seed, **made_by)
         denoiser = build_denoiser(cfg, vae.latent_channels, text_encoder.config.hidden_size)
+        check_shapes(data, getattr(denoiser, "patch", 1), vae.downsample)
         objective = FlowMatching(denoiser, text_encoder, tokenizer, **cfg.objective)
         height, width = (side * vae.downsample for side in held_out["latent"].shape[-2:])
         defaults = {key: getattr(cfg.sample, key) for key in ("steps", "guidance", "shift")}
         defaults |= {"height": height, "width": width}
         pipe = build_pipeline(vae, text_encoder, tokenizer, denoiser, defaults)
+        pipe.settings()  # what cannot be drawn is told now, not when the first grid is due
+        plan_tasks(cfg.sample.prompts, None, 0, 1)
         run = Path(cfg.trainer.output_dir)
 
         def on_sample(step: int, networks: dict) -> None:
@@ -107,6 +114,16 @@ def main(argv: list[str] | None = None) -> Path:
             pipe.to(torch.float16)  # half the bytes; loads as float32 or bfloat16
             pipe.save_pretrained(run / "pipeline")
     return run
+
+
+def check_shapes(data: Batches, patch: int, downsample: int) -> None:
+    """ValueError for buckets of latents that do not cut into the denoiser's patches: told before a step meets one."""
+    for rows, columns in (bucket.shape for bucket in getattr(data, "buckets", [])):
+        if rows % patch or columns % patch:
+            raise ValueError(
+                f"the latents of {columns * downsample}x{rows * downsample} pixels, {columns}x{rows}, do not cut into "
+                f"patches of {patch}: precompute pictures whose sides are multiples of {patch * downsample}"
+            )
 
 
 def build_denoiser(cfg: DenoiserConfig, in_channels: int, text_dim: int) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from diffusionfm.config import parse_args, user_errors
+from diffusionfm.config import check_options, parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import (
     DataConfig,
@@ -44,7 +44,7 @@ class TextEncoderConfig:
     text: dict = field(default_factory=dict)
     image_tower: dict = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
-    teacher: bool = True  # learn word meanings from a sentence encoder too (needs the data extra)
+    teacher: bool = True  # learn word meanings from a sentence encoder too (needs the eval extra)
     candidates: int = 500  # held-out pictures among whose captions the right one must be found
 
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> Path:
     with user_errors():
         make_missing(cfg.needs)
         require(tokenizer=cfg.tokenizer)
+        check_options("image_tower", cfg.image_tower, ImageTower)
+        check_options("objective", cfg.objective, Contrastive)
         torch.manual_seed(cfg.trainer.seed)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(cfg.tokenizer, local_files_only=True)
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)

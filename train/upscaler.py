@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffusionfm.autoencoder import AutoencoderKL, Upscaler, shrunk
-from diffusionfm.config import parse_args, user_errors
+from diffusionfm.config import check_options, parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import DataConfig, fixed_samples, picture_batches, pixels
 from diffusionfm.encoders import load_vae
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> Path:
     with user_errors():
         make_missing(cfg.needs)
         require(vae=cfg.vae)
+        check_options("objective", cfg.objective, Upscaling)
         torch.manual_seed(cfg.trainer.seed)
         vae = with_upscaler(load_vae(cfg.vae), cfg.widths)
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)

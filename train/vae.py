@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffusionfm.autoencoder import AutoencoderKL
-from diffusionfm.config import parse_args, user_errors
+from diffusionfm.config import check_options, parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import DataConfig, collate_pictures, fixed_samples, picture_batches, pixels
 from diffusionfm.images import contact_sheet
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> Path:
                 "trainer.validate_every=0: latent statistics are measured when validating; give 1 or more"
             )
         torch.manual_seed(cfg.trainer.seed)
+        check_options("vae", cfg.vae, AutoencoderKL)
+        check_options("objective", cfg.objective, Reconstruction)
         vae = AutoencoderKL(**cfg.vae)
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)
         held_out = ShardDataset(cfg.data.shards, split="heldout")

@@ -89,8 +89,8 @@ class Drawer:
         except (ValueError, ArithmeticError, RuntimeError) as error:
             if _kind(error) == "drawing" and not answers(self.pipe.device):
                 raise OSError(
-                    f"the device draws no more: {' '.join(str(error).split())[:500]}: see to it, then run the same "
-                    "command again; nothing of these pictures is on record"
+                    f"the device has stopped working ({' '.join(str(error).split())[:500]}): restart it, then run the "
+                    "same command again; the pictures of this call were not recorded"
                 ) from error
             if len(jobs) == 1:
                 said = " ".join(str(error).split())[:500]

@@ -127,7 +127,11 @@ def groups(jobs: Iterable[Job], size: Callable[[Shape], int], window: int = WIND
         if shape is not None:
             ready = waiting.pop(shape)
             count -= len(ready)
-            yield ready
+            yield from _cut(ready, size(shape))
     for shape, group in waiting.items():
-        at_once = size(shape)  # which may have shrunk since
-        yield from (group[k : k + at_once] for k in range(0, len(group), at_once))
+        yield from _cut(group, size(shape))
+
+
+def _cut(group: list[Job], at_once: int) -> Iterator[list[Job]]:
+    """A group in parts of `at_once`, which may have shrunk since it was begun."""
+    return (group[k : k + at_once] for k in range(0, len(group), at_once))

@@ -128,7 +128,7 @@ def _read_table(file: Iterable[str], delimiter: str, name: str) -> Numbered:
         for record in reader:
             number, line = reader.line_num, f"line {reader.line_num}"
             if None in record or None in record.values():
-                yield number, _broken(record.get("id"), line, f"{line} has not {len(columns)} fields")
+                yield number, _broken(record.get("id"), line, f"{line} does not have {len(columns)} fields")
             else:
                 yield number, parse({key: item for key, item in record.items() if item != ""}, line)
     except csv.Error as error:
@@ -166,7 +166,9 @@ def _check_columns(columns: list[str], name: str) -> None:
         if column not in FIELDS:
             raise ValueError(f"{name}: {_unknown('column', column)}")
     if "prompt" not in columns:
-        raise ValueError(f"{name} has no column named prompt: its first line must name the columns")
+        raise ValueError(
+            f"{name} has no column named prompt: add one (a CSV or TSV names its columns in the first line)"
+        )
 
 
 def _parse_json(line: str, number: int) -> Row:
@@ -188,7 +190,8 @@ def _number(key: str, text: str, kind: type) -> Any:
     try:
         return kind(text.strip())
     except ValueError as error:
-        raise ValueError(f"{key} must be a number, got {text[:50]!r}") from error
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"{key} must be a {what}, got {text[:50]!r}") from error
 
 
 def _unknown(what: str, name: str) -> str:

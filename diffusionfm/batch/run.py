@@ -49,7 +49,7 @@ def generate_batch(
     what loading the model took, for the report. Raises ValueError before any work for bad options and for rows that
     clash with the manifest already there, and OSError when the folder cannot be written or the device draws no more.
     """
-    batch = Batch(rows, pipe, Path(out_dir), options or Options(**more))
+    batch = Batch(rows, pipe, Path(out_dir), _options(options, more))
     batch.out.mkdir(parents=True, exist_ok=True)
     with locked(batch.out):
         return batch.go(load_seconds, progress)
@@ -63,13 +63,20 @@ def plan_batch(
     **more: Any,
 ) -> Plan:
     """What `generate_batch` would do, and how long, by a trial of the commonest shape; writes nothing."""
-    batch = Batch(rows, pipe, Path(out_dir), options or Options(**more))
+    batch = Batch(rows, pipe, Path(out_dir), _options(options, more))
     plan = Plan(len(batch.rows), advice=batch.advice)
     for job, state in batch.jobs():
         plan.count(job, state)
     with _threads_of_a_worker(batch.options):
         plan.estimate(batch.drawer, batch.processes)
     return plan
+
+
+def _options(options: Options | None, more: dict[str, Any]) -> Options:
+    """All of them as one object, or one by one; TypeError for both, which would leave some out."""
+    if options is not None and more:
+        raise TypeError(f"give options, or {', '.join(more)} by keyword, not both")
+    return options or Options(**more)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def add_batch(commands: Any) -> None:
     )
     command.add_argument(
         "rows",
-        help=".txt with a prompt a line (and --w --h --s --l --d --n for width, height, steps, guidance, seed, "
+        help=".txt with a prompt per line (and --w --h --s --l --d --n for width, height, steps, guidance, seed, "
         "negative), or .jsonl, .csv, .tsv, .parquet with prompt and, if wanted, id, negative_prompt, seed, steps, "
         "guidance, width, height; - for JSON or plain lines on standard input",
     )
@@ -89,7 +89,7 @@ def add_batch(commands: Any) -> None:
     command.add_argument(
         "--seed", type=int, default=0, help="run seed, for rows without their own (default 0)"
     )
-    command.add_argument("--n", type=int, default=1, help="pictures a row (default 1)")
+    command.add_argument("--n", type=int, default=1, help="pictures per row (default 1)")
     command.add_argument(
         "--only", action="append", default=[], metavar="ID", help="this row alone; may be repeated"
     )
@@ -97,7 +97,7 @@ def add_batch(commands: Any) -> None:
         "--wildcards",
         dest="wildcards_folder",
         metavar="DIR",
-        help="its NAME.txt files are the choices for __NAME__ in prompts, one picked a picture; {__NAME__}: all",
+        help="its NAME.txt files are the choices for __NAME__ in prompts, one picked per picture; {__NAME__}: all",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print the plan and an estimate, write nothing"
@@ -108,14 +108,14 @@ def add_batch(commands: Any) -> None:
     command.add_argument(
         "--deterministic",
         action="store_true",
-        help="one picture a network call: the same bytes in any company",
+        help="one picture per network call: its bytes then do not depend on the rest of the batch",
     )
     command.add_argument("--retry-failed", action="store_true", help="also try again what failed before")
     command.add_argument(
         "--to",
         default="folder",
         choices=["folder", "webdataset", "parquet"],
-        help="a file a picture (default), WebDataset shards, or Parquet with the pictures inside",
+        help="one file per picture (default), WebDataset shards, or Parquet with the pictures inside",
     )
     command.add_argument(
         "--samples-per-shard",
@@ -125,12 +125,15 @@ def add_batch(commands: Any) -> None:
         help="of --to webdataset and parquet (1000)",
     )
     command.add_argument(
-        "--sheets", type=int, default=1, help="contact sheets of 100 pictures, at most so many (default 1)"
+        "--sheets", type=int, default=1, help="how many contact sheets of 100 pictures at most (default 1)"
     )
     command.add_argument(
-        "--engine", default="local", choices=["local", "ray"], help="who draws (default local)"
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="where to draw: in this process or on a Ray cluster (default local)",
     )
     command.add_argument(
-        "--workers", type=int, default=0, help="of --engine ray (default: one a GPU, or else one a core)"
+        "--workers", type=int, default=0, help="of --engine ray (default: one per GPU, or else one per core)"
     )
     add_settings(command)

@@ -113,7 +113,8 @@ def output_files(output: str | None, prompt: str, seed: int, count: int, suffix:
         files = [target / f"{words}-{seed + k}{suffix}" for k in range(count)]
     elif target.suffix.lower() != suffix:
         raise ValueError(
-            f"the output must be a .png, .webp or .svg file or a folder, got {output!r}: these keep alpha"
+            f"the output must be a .png, .webp or .svg file, which keep alpha, or a folder ({output}/ makes it), "
+            f"got {output!r}"
         )
     elif count == 1:
         files = [target]
@@ -179,8 +180,6 @@ def demo(args: argparse.Namespace) -> int:
 
     access = Access(host=args.host, logins=read_logins(args.login_file), shared=args.share)
     safety = safety_of(args)
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the studio needs gradio: pip install 'diffusionfm[demo]'")
     if importlib.util.find_spec("diffusionfm.demo") is not None:
         app = importlib.import_module("diffusionfm.demo.app")
     else:

@@ -99,14 +99,20 @@ def add_serve(commands: Any) -> None:
         type=int,
         default=PER_MINUTE,
         metavar="N",
-        help=f"a caller (default {PER_MINUTE})",
+        help=f"allowed per caller (default {PER_MINUTE})",
     )
     command.add_argument("--batch-size", type=int, help="pictures in a network call (default: by device)")
     command.add_argument(
-        "--queue", type=int, default=128, help="unfinished pictures, half of them of one caller (default 128)"
+        "--queue",
+        type=int,
+        default=128,
+        help="most unfinished pictures; one caller may hold half (default 128)",
     )
     command.add_argument(
-        "--max-work", type=int, metavar="N", help="pixels x steps x pictures a request (default: by device)"
+        "--max-work",
+        type=int,
+        metavar="N",
+        help="most pixels x steps x pictures per request (default: by device)",
     )
     add_model_options(
         command,

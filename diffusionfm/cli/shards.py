@@ -114,8 +114,8 @@ def add_shards(commands: Any) -> None:
         "shards",
         help="make and check training shards",
         description="Make and check training shards (WebDataset tars, img2dataset layout).",
-        epilog="examples:\n  diffusionfm shards build configs/data/icons.yaml --out shards/icons\n"
-        "  diffusionfm shards verify shards/icons",
+        epilog="examples:\n  diffusionfm shards build configs/data/icons.yaml --out data/icons\n"
+        "  diffusionfm shards verify data/icons",
     )
     kinds = shards.add_subparsers(metavar="COMMAND", required=True)
     command = add_command(
@@ -123,7 +123,7 @@ def add_shards(commands: Any) -> None:
         "build",
         shards_build,
         "fetch and render the open-icons corpus",
-        "shards build configs/data/icons.yaml --out shards/icons",
+        "shards build configs/data/icons.yaml --out data/icons",
     )
     command.add_argument("config", type=Path, help="configs/data/icons.yaml")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -137,7 +137,7 @@ def add_shards(commands: Any) -> None:
         "pack",
         shards_pack,
         "pack your own pictures and captions",
-        "shards pack my-pictures --out shards/mine",
+        "shards pack my-pictures --out data/mine",
     )
     command.add_argument(
         "folder", type=Path, help="pictures with .txt beside them, metadata.jsonl or a CSV; or a .zip of them"
@@ -150,7 +150,7 @@ def add_shards(commands: Any) -> None:
         type=float,
         default=0.02,
         metavar="SHARE",
-        help="of the captions, kept from training to judge by (default 0.02, at least one)",
+        help="share of the captions held out of training, for evaluation (default 0.02, at least one)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     for name, run, summary in (
@@ -159,7 +159,7 @@ def add_shards(commands: Any) -> None:
         ("attribution", shards_attribution, "write ATTRIBUTION.md from the shards"),
         ("words", shards_words, "write words.txt, the words that a model learns from the shards"),
     ):
-        command = add_command(kinds, name, run, summary, f"shards {name} shards/icons")
+        command = add_command(kinds, name, run, summary, f"shards {name} data/icons")
         command.add_argument("dir", type=Path, help="a folder of shards")
         if name == "inspect":
             command.add_argument("--sheet", type=Path, metavar="PNG", help="default: DIR/contact_sheet.png")

@@ -199,9 +199,14 @@ def add_plan(commands: Any) -> None:
     )
     command.add_argument("config", type=Path, metavar="CONFIG.yaml", help="a config of train/denoiser.py")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="wins over the file; stands right behind it"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides a key of the config; must directly follow CONFIG.yaml",
     )
     command.add_argument("--gpus", type=int, default=1, help="how many, in machines of 8 (default 1)")
-    command.add_argument("--gpu", default="h100", help=f"{', '.join(KNOWN)} (measured now); default h100")
-    command.add_argument("--batch", type=int, help="pictures a step over all GPUs (default: the config's)")
+    command.add_argument(
+        "--gpu", default="h100", help=f"{', '.join(KNOWN)}; the last is measured now (default h100)"
+    )
+    command.add_argument("--batch", type=int, help="pictures per step over all GPUs (default: the config's)")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")

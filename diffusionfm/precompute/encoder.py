@@ -43,9 +43,9 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, not {self.batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if bool(self.text_encoder) != bool(self.tokenizer):
             raise ValueError("text_encoder and tokenizer belong together: give both, or neither")
 
