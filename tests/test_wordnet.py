@@ -50,8 +50,10 @@ def test_names_that_are_known_are_not_repeated(wordnet):
 
 
 def test_reserved_words_become_no_caption(wordnet):
-    taxi, rose = wordnet.enrich(Words("taxi")), wordnet.enrich(Words("rose"))
-    assert taxi.names == () and taxi.definition.startswith("a car driven")
+    taxi = wordnet.enrich(Words("taxi", names=("cab", "yellow car"), keywords=("cab", "drive")))
+    rose = wordnet.enrich(Words("rose"))
+    assert taxi.names == ("yellow car",) and taxi.definition.startswith("a car driven")
+    assert taxi.keywords == ("drive",)
     assert rose.definition == "" and rose.names == ()
 
 

@@ -52,10 +52,14 @@ class WordNet:
         self._known: dict[Words, Words] = {}
 
     def enrich(self, words: Words) -> Words:
-        """The words with synonyms among their names and a definition, where the phrase is a noun that is known."""
+        """The words with synonyms among their names and a definition, where the phrase is a noun that is known.
+
+        Names and keywords that are reserved are left out."""
         if words not in self._known:
-            sense = self._meant(words)
-            self._known[words] = self._with(words, sense) if sense else words
+            names, keywords = (tuple(filter(self._free, texts)) for texts in (words.names, words.keywords))
+            free = replace(words, names=names, keywords=keywords)
+            sense = self._meant(free)
+            self._known[words] = self._with(free, sense) if sense else free
         return self._known[words]
 
     def _meant(self, words: Words) -> Sense | None:
