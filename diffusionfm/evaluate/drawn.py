@@ -1,15 +1,16 @@
-"""Pictures that are right by construction, drawn with plain shapes: what the rules are tested on, and a control."""
+"""Pictures right, or wrong in one thing, by construction: plain shapes that rules are tested on, and controls."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusionfm.colors import COLORS, rgb
 from diffusionfm.evaluate.masks import oklab
-from diffusionfm.evaluate.rules import RELATIONS, Scene
+from diffusionfm.evaluate.rules import OPPOSITES, RELATIONS, Scene
 from diffusionfm.outlines import OUTLINES
 
 OVERSAMPLE = 4
@@ -60,6 +61,38 @@ def unnamed_ink(background: str | None) -> str:
         return next(iter(COLORS))
     ground = oklab(np.array(rgb(background)))
     return next(w for w in COLORS if np.linalg.norm(oklab(np.array(rgb(w))) - ground) > STANDS_OFF)
+
+
+def counterfactual(rule: str, scene: Scene, k: int) -> Scene:
+    """The scene with one thing wrong: that of which the rule must not be satisfied.
+
+    A count is off by one, upwards or downwards by the scene's number k. Colours give way to the most alike.
+    """
+    things = scene.things
+    if rule == "background":
+        return replace(scene, background=most_alike(scene.background or ""))
+    if rule == "transparent":
+        return replace(scene, background="white")
+    if rule == "ink":
+        return replace(scene, things=tuple((most_alike(ink or ""), shape) for ink, shape in things))
+    if rule == "count":
+        more = len(things) == 1 or k // 4 % 2 == 0
+        return replace(scene, things=things[:1] * (len(things) + (1 if more else -1)))
+    if rule == "relation":
+        return replace(scene, relation=OPPOSITES[scene.relation or ""])
+    if rule == "binding":
+        (one, first), (other, second) = things
+        return replace(scene, things=((other, first), (one, second)))
+    raise ValueError(f"no counterfactual for the rule {rule!r}: add one")
+
+
+def most_alike(color: str) -> str:
+    """The other colour word nearest to one."""
+    place = oklab(np.array(rgb(color)))
+    return min(
+        (word for word in COLORS if word != color),
+        key=lambda word: float(np.linalg.norm(oklab(np.array(rgb(word))) - place)),
+    )
 
 
 def _paint(color: tuple[int, int, int], side: int, gradient: bool) -> Image.Image:

@@ -32,6 +32,13 @@ class Views:
         return Views(self.meaning[which], self.likeness[which], self.pixels[which])
 
 
+def joined(one: Views, other: Views) -> Views:
+    """The pictures of one, then those of the other."""
+    return Views(
+        *(np.concatenate(pair) for pair in zip(vars(one).values(), vars(other).values(), strict=True))
+    )
+
+
 @dataclass
 class Judge:
     """The fitted maps; arrays are those of the assets."""

@@ -43,10 +43,28 @@ def recognition(judge: Judge, views: Views, truths: Sequence[str]) -> dict[str, 
 
 def copies(views: Views, indices: dict[str, Index], thresholds: dict[str, float]) -> dict[str, Figure]:
     """Share nearer to a training picture than the closest 1 % of held-out pictures are, by features and by pixels."""
-    found = {}
+    kinds = [near["by"] for near in near_copies(views, indices, thresholds)]
+    return {kind: share_of(kinds.count(kind), len(views)) for kind in KINDS.values()}
+
+
+def near_copies(
+    views: Views, indices: dict[str, Index], thresholds: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Each near-copy: its number here, the training picture's in the index, their distance and the limit of it."""
+    found = []
     for name, kind in KINDS.items():
-        near, _ = indices[name].nearest(getattr(views, name))
-        found[kind] = share_of(int((near < thresholds[name]).sum()), len(near))
+        limit = thresholds[name]
+        away, numbers = indices[name].nearest(getattr(views, name))
+        found += [
+            {
+                "picture": int(k),
+                "by": kind,
+                "training_picture": int(numbers[k]),
+                "distance": float(away[k]),
+                "limit": limit,
+            }
+            for k in np.flatnonzero(away < limit)
+        ]
     return found
 
 

@@ -18,6 +18,7 @@ COLUMNS = {
     "real": "real",
     "blank": "blank",
     "shuffled": "shuffled",
+    "counterfactual": "one thing wrong",
     "retrieved": "handed back",
 }
 SECTIONS = {
@@ -47,27 +48,47 @@ def page(card: Scorecard) -> str:
     """The whole page; it needs no other file and no network."""
     report = card.report
     protocol, model = report["protocol"], report["model"]
-    settings = ", ".join(f"{key} {model[key]:g}" for key in ("steps", "guidance", "width", "height", "shift"))
-    kind = "quick " if protocol["quick"] else ""
+    distances = "" if not protocol["quick"] else " A quick run has too few pictures for a Fréchet distance."
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Scorecard of {escape(model["name"])}</title><style>{STYLE}</style>
 <h1>Scorecard of {escape(model["name"])}</h1>
-<p>Weights {escape(model["fingerprint"])}; {settings}. {kind.capitalize()}protocol {protocol["version"]},
-<code>{protocol["hash"][:16]}</code>, {protocol["pictures"]} pictures, first seed, none chosen.</p>
+{drawn_with(report)}
 {soundness(report)}
 <p>Shares in percent with their 95 % intervals. <b>Real</b>: held-out pictures, or training pictures that the judge was
 not fitted to; for rules, pictures right by construction. <b>Shuffled</b>: the real ones, judged by another's prompt.
-<b>Handed back</b>: a training picture for each prompt. Near-copies are looked for among
-{protocol["training_pictures"]:,} training pictures.</p>
+<b>One thing wrong</b>: pictures that break the rule by construction, and nothing else. <b>Handed back</b>: a training
+picture for each phrase.{distances}</p>
+<p>Counts are of pieces, whatever they are; places are of the two colours, whatever their shapes.</p>
+{repeats(card.items)}
 {figures_table(report["lines"])}
+<h2>Near-copies</h2>
+<p>They are looked for among {protocol["training_pictures"]:,} training pictures without a ground. Compositions and
+pictures on a coloured ground are not in that index.</p>
+{copies_table(report["copies"])}
 <h2>What people look like</h2>
 <p>The phrase nearest to each picture, as the judge reads it: of phrases for people alone, then of all 500. A weak
-judge of weak pictures: read it as a hint, and look below.</p>
+judge of weak pictures: read it as a hint, and look below. For a scientist the choice is forced: among
+the phrases are a man scientist and a woman scientist, and none of no gender.</p>
 {people_table(report["people"])}
 <h2>Every picture</h2>
 {"".join(wall(card, section, title) for section, title in SECTIONS.items())}
 </html>
 """
+
+
+def drawn_with(report: dict[str, Any]) -> str:
+    """Which model drew, how, when, and by which protocol."""
+    protocol, model = report["protocol"], report["model"]
+    settings = ", ".join(f"{key} {model[key]:g}" for key in ("steps", "guidance", "width", "height", "shift"))
+    adapter = ", with its few-step adapter" if model["fast"] else ""
+    kind = "Quick protocol" if protocol["quick"] else "Protocol"
+    return (
+        f"<p>Weights {escape(model['fingerprint'])}, autoencoder {escape(model['vae_hash'])},"
+        f" {model['parameters']:,} parameters; the denoiser in {escape(model['dtype'])} on {escape(model['device'])}"
+        f"{adapter}; {settings}. Drawn on {report['date']} with diffusionfm {escape(report['version'])}.<br>"
+        f"{kind} {protocol['version']}, <code>{protocol['hash'][:16]}</code>, {protocol['pictures']} pictures,"
+        " first seed, none chosen.</p>"
+    )
 
 
 def soundness(report: dict[str, Any]) -> str:
@@ -77,6 +98,17 @@ def soundness(report: dict[str, Any]) -> str:
     items = "".join(f"<li>{escape(claim)}</li>" for claim in report["complaints"])
     warning = "<b>Do not trust this scorecard:</b> it ranks controls wrongly. This does not hold:"
     return f'<div class="bad">{warning}<ul>{items}</ul></div>'
+
+
+def repeats(items: list[Item]) -> str:
+    """What the intervals of sections whose prompts repeat are of."""
+    told = []
+    for section, title in SECTIONS.items():
+        prompts = [item.prompt for item in items if item.section == section]
+        if len({*prompts}) < len(prompts):
+            told.append(f"{title}: {len({*prompts})} prompts in {len(prompts)} pictures")
+    words = "Intervals cover other seeds of prompts that are drawn more than once, not other prompts"
+    return f"<p>{words}. {'; '.join(told)}.</p>" if told else ""
 
 
 def figures_table(lines: dict[str, dict[str, Any]]) -> str:
@@ -109,6 +141,29 @@ def said(figure: Figure) -> tuple[str, str]:
     if "mean" in figure:
         return f"{figure['mean']:.4g}", f"{figure['low']:.4g}–{figure['high']:.4g}, n {figure['of']}"
     return f"{figure['distance']:.2f}", f"n {figure['of']}"
+
+
+def copies_table(rows: list[dict[str, Any]]) -> str:
+    """The model's near-copies, with the training picture behind each."""
+    if not rows:
+        return "<p>None was found.</p>"
+    body = "".join(
+        f"<tr><td>{SECTIONS[row['section']]}: {escape(row['prompt'])}</td><td>{row['seed']}</td><td>{row['by']}</td>"
+        f"<td>{row['training_picture']}</td><td>{row['distance']:.3g}</td><td>{row['limit']:.3g}</td></tr>\n"
+        for row in rows
+    )
+    head = "".join(
+        f"<th>{title}</th>"
+        for title in (
+            "drawn for",
+            "seed",
+            "near by",
+            "training picture, its row in the index",
+            "distance",
+            "limit",
+        )
+    )
+    return f"<table><tr>{head}</tr>\n{body}</table>"
 
 
 def people_table(table: dict[str, Figure]) -> str:

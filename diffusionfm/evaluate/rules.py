@@ -34,6 +34,7 @@ PAIRS = tuple(pair for pair in permutations(PAIRED, 2) if {*pair} not in ALIKE)
 COUNTED = {"star": "stars", "heart": "hearts", "circle": "circles", "square": "squares", "apple": "apples"}
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ RULES = {
     "background": "the background has the colour named",
     "transparent": "transparent where no background is named",
     "ink": "one shape in the colour named",
-    "count": "as many things as named, one to four",
-    "relation": "left of, right of, above or below, as named",
+    "count": "as many pieces as things named, one to four, whatever they are",
+    "relation": "the two colours lie as named: left, right, above, below (shapes not judged)",
     "binding": "two colours on the two shapes named with them",
 }
 """Rule -> what a picture that keeps it shows."""

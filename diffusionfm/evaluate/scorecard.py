@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from diffusionfm import __version__
+from diffusionfm.checkpoint import weights_hash
 from diffusionfm.evaluate.assets import FOLDER, load_assets
-from diffusionfm.evaluate.controls import Bench, claims, control_columns
+from diffusionfm.evaluate.controls import COPIED, Bench, claims, control_columns
 from diffusionfm.evaluate.inception import Inception, load_inception
 from diffusionfm.evaluate.judge import Judge, Views
-from diffusionfm.evaluate.lines import ENOUGH, Figure, distance, people, rule_figures
+from diffusionfm.evaluate.lines import ENOUGH, Figure, distance, near_copies, people, rule_figures
 from diffusionfm.evaluate.networks import autoencoder_lines, loss_lines, stacked
 from diffusionfm.evaluate.protocol import VERSION, Item, protocol
 from diffusionfm.evaluate.rules import LINES, RULES, verdicts
@@ -95,7 +98,8 @@ def evaluate(
     columns = {"model": model_column(bench, pictures, views), **control_columns(bench)}
     columns["model"] |= network_figures(pipe, bench)
     if network:
-        columns["model"]["fid"], columns["real"]["fid"] = fid(network, bench, pictures)
+        for column, figure in fid(network, bench, pictures).items():
+            columns[column]["fid"] = figure
     sound = claims(columns)
     numbers = plan.numbers("people")
     prompts = [plan.items[k].prompt for k in numbers]
@@ -107,17 +111,45 @@ def evaluate(
             "pictures": len(plan.items),
             "training_pictures": loaded.words["training_pictures"],
         },
-        "model": {"name": pipe.model_name, "fingerprint": pipe.fingerprint(), **pipe.defaults},
+        "model": described(pipe),
         "version": __version__,
+        "date": date.today().isoformat(),
         "lines": rows(columns),
         "sound": all(claim["holds"] for claim in sound),
         "complaints": [claim["claim"] for claim in sound if not claim["holds"]],
         "claims": [claim["claim"] for claim in sound],
+        "copies": copied(bench, views),
         "people": people(judge, views.take(numbers), prompts, PEOPLE_WORDS),
         "seconds": {"drawing": round(drawn - start, 1), "all": round(time.monotonic() - start, 1)},
     }
     right = [is_right(judge, item, pictures[k], views.take([k])) for k, item in enumerate(plan.items)]
     return Scorecard(report, plan.items, pictures, right, judge.nearest(views))
+
+
+def described(pipe: DiffusionFMPipeline) -> dict[str, Any]:
+    """What a report says of its model: weights, size, the denoiser's precision, where it ran, and its settings."""
+    networks = (pipe.vae, pipe.text_encoder, pipe.transformer)
+    return {
+        "name": pipe.model_name,
+        "fingerprint": pipe.fingerprint(),
+        "vae_hash": weights_hash(pipe.vae),
+        "parameters": sum(weight.numel() for network in networks for weight in network.parameters()),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "fast": pipe.fast,
+        **pipe.defaults,
+    }
+
+
+def copied(bench: Bench, views: Views) -> list[dict[str, Any]]:
+    """The model's near-copies: what each was drawn for, and the training picture it is near."""
+    plan = bench.protocol
+    numbers = [k for section in COPIED for k in plan.numbers(section)]
+    found = []
+    for near in near_copies(views.take(numbers), bench.indices, bench.thresholds):
+        item = plan.items[numbers[near.pop("picture")]]
+        found.append({"section": item.section, "prompt": item.prompt, "seed": item.seed, **near})
+    return found
 
 
 def is_right(judge: Judge, item: Item, picture: Image.Image, view: Views) -> bool | None:
@@ -135,14 +167,16 @@ def network_figures(pipe: DiffusionFMPipeline, bench: Bench) -> dict[str, Any]:
     return autoencoder_lines(pipe.vae, held_out) | loss_lines(pipe, held_out, captions)
 
 
-def fid(network: Inception, bench: Bench, pictures: list[Image.Image]) -> tuple[Figure | None, Figure | None]:
-    """From one half of the held-out pictures to the other half by Inception: of those drawn, and of the real ones.
+def fid(network: Inception, bench: Bench, pictures: list[Image.Image]) -> dict[str, Figure | None]:
+    """Column -> FID to one half of the held-out pictures: of those drawn for the other half, the real and blank ones.
 
-    Both are of as many pictures, since FID reads higher the fewer there are.
+    All are of as many pictures, since FID reads higher the fewer there are.
     """
     drawn = network.see(pictures[k] for k in bench.protocol.numbers("held_out")[::2])
     real = network.see(bench.real.values())
-    return distance(drawn, real[1::2]), distance(real[::2], real[1::2])
+    blank = np.repeat(network.see([Image.new("RGBA", (128, 128))]), len(real[::2]), axis=0)
+    columns = {"model": drawn, "real": real[::2], "blank": blank}
+    return {column: distance(features, real[1::2]) for column, features in columns.items()}
 
 
 def draw(
