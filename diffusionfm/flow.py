@@ -126,7 +126,7 @@ def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] =
 
 
 def held(velocity_fn: VelocityFn, known: Tensor, free: Tensor) -> VelocityFn:
-    """The field where `free` is 1, and the velocity `known` where it is 0: inpainting.
+    """The field where `free` is 1, and the velocity `known` where it is 0, both as x: inpainting.
 
     The path of what is known is the straight line v = e - x0, so a sampler that set out on it stays on it, and what
     is drawn beside it sees at every time what training showed: known parts under as much noise as the rest.

@@ -130,7 +130,9 @@ class Reconstruction(nn.Module):
 
 
 def contest(discriminator: nn.Module, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(the autoencoder's loss, the discriminator's hinge loss): neither reaches the other's weights."""
+    """(the autoencoder's loss, the discriminator's hinge loss): neither reaches the other's weights.
+
+    output, target: pictures (b, c, y, x)."""
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     fool = -torch.func.functional_call(discriminator, frozen, (output,)).mean()
     real, fake = discriminator(target), discriminator(output.detach())
@@ -301,7 +303,7 @@ class FlowMatching(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: "latent" (b, c, y, x) normalised, "caption" [b], or for that "text" (b, l, d) and "mask" (b, l).
 
-        Returns the mean squared error, also by time."""
+        Returns the mean squared error, also by time. ValueError for ready text features beside `tune_text`."""
         x0 = batch["latent"].float()
         kept = torch.rand(len(x0)) >= self.prompt_dropout
         if "text" in batch:
@@ -323,7 +325,7 @@ class FlowMatching(nn.Module):
     def ends(
         self, batch: dict, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The latents and the noise that each sample's straight path joins; here those of the data."""
+        """The latents and the noise, (b, c, y, x) each, that a sample's straight path joins; here those of the data."""
         return x0, noise
 
     def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -335,7 +337,7 @@ class FlowMatching(nn.Module):
         return text, mask
 
     def error(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared velocity error of each sample, (b,)."""
+        """Mean squared velocity error of each sample, (b,), of x0 and noise (b, c, y, x) at t (b,)."""
         v = self.denoiser(flow.interpolate(x0, noise, t), t, text, mask)
         return (v.float() - flow.velocity(x0, noise)).square().mean(dim=(1, 2, 3))
 
@@ -380,7 +382,7 @@ class FlowMatching(nn.Module):
 
 
 def by_time(error: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """The mean error of the samples in each of `bins` equal spans of time; 0 for a span nobody fell in."""
+    """The mean error of the samples in each of `bins` equal spans of time; 0 for a span nobody fell in. error, t: (b,)."""
     index = (t * bins).long().clamp(max=bins - 1)
     total = torch.zeros(bins, device=t.device).index_add(0, index, error.float())
     count = torch.bincount(index, minlength=bins).clamp(min=1)

@@ -267,6 +267,7 @@ class ReadingAttention(nn.Module):
         return self.out(rearrange(x, "b l h d -> b l (h d)"))
 
     def text_keys_values(self, text: Tensor) -> KeyValue:
+        """The text's keys, normed, and values (b, l, h, d), of projected text (b, l, w)."""
         k, v = rearrange(self.text_kv(text), "b l (n h d) -> n b l h d", n=2, h=self.heads)
         return self.text_k_norm(k), v
 
@@ -311,6 +312,7 @@ class TextProjection(nn.Module):
         return self.proj(self.norm(text))
 
     def with_registers(self, text: Tensor) -> Tensor:
+        """Projected text (b, l, w) and the registers behind it, (b, l + registers, w)."""
         return torch.cat([text, self.registers.type_as(text).expand(len(text), -1, -1)], 1)
 
 
@@ -378,6 +380,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
+    """Xavier weights and a bias of 0 for a linear layer; other modules stay."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -103,7 +103,7 @@ def collate_pictures(samples: list[dict[str, Any]], styled: dict[str, float] | N
 
 
 def sample_weights(dataset: ShardDataset, cfg: DataConfig) -> np.ndarray | None:
-    """One weight a sample by its source and phrase, or None when all are equal.
+    """One weight per sample, (n,), by its source and phrase, or None when all are equal.
 
     `ValueError` for a source that nobody has, a share that is none and weights that cannot be drawn by."""
     if not cfg.weights and not cfg.styled and not cfg.common:
