@@ -382,7 +382,7 @@ class FlowMatching(nn.Module):
 
 
 def by_time(error: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """The mean error of the samples in each of `bins` equal spans of time; 0 for a span nobody fell in. error, t: (b,)."""
+    """The mean error (b,) of the samples whose t (b,) is in each of `bins` equal spans; 0 for a span nobody fell in."""
     index = (t * bins).long().clamp(max=bins - 1)
     total = torch.zeros(bins, device=t.device).index_add(0, index, error.float())
     count = torch.bincount(index, minlength=bins).clamp(min=1)

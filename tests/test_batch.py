@@ -148,7 +148,8 @@ def test_jobs_of_one_shape_share_a_call_within_a_window():
     found = list(groups(mixed, lambda shape: 64, window=7))
     assert sum(map(len, found)) == 30 and max(map(len, found)) == 4  # the largest goes when seven wait
     sizes = iter([8] * 7 + [2] * 9)  # memory ran short while the eighth was waited for
-    assert [len(group) for group in groups([job(k, 32) for k in range(8)], lambda shape: next(sizes))] == [2] * 4
+    found = list(groups([job(k, 32) for k in range(8)], lambda shape: next(sizes)))
+    assert [len(group) for group in found] == [2] * 4
     found = list(groups([job(0, 32), job(1, 32, "bad"), job(2, 32)], lambda shape: 4))
     assert [[job.seed for job in group] for group in found] == [[1], [0, 2]]
 

@@ -283,7 +283,8 @@ def test_what_goes_to_a_network_or_an_objective_is_checked_by_name(house, refuse
 
 def test_what_a_denoiser_run_could_not_draw_is_told_before_it_trains(house, refuses):
     house.made("tiny/denoiser")
-    for override, word in {"sample.steps=0": "steps must be", "sample.prompts=[]": "prompts is empty"}.items():
+    cases = {"sample.steps=0": "steps must be", "sample.prompts=[]": "prompts is empty"}
+    for override, word in cases.items():
         args = ["configs/tiny/denoiser.yaml", override, "trainer.output_dir=runs/undrawn"]
         assert word in refuses("denoiser", *args)
     assert not (house.root / "runs/undrawn/metrics.jsonl").exists()
