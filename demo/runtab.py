@@ -148,14 +148,16 @@ class RunTab:
         return gr.File([save_file_to_cache(file, place) for file in files], visible=True)
 
     def buttons(self, state: State, may: bool = True, there: bool = True) -> Update:
-        """The buttons of a state, and the clock; may: whether a draft can be begun."""
+        """The buttons of a state, and the clock; may: whether a draft can be begun.
+
+        The clock goes on where a run can be taken up again: a late answer to an earlier tick would stop it after that."""
         word = {"stopped": "Resume", "failed": "Try again"}.get(state.word, self.verb)
         can = state.word in ("stopped", "failed") or (state.word == "draft" and may)
         return {
             self.at.start: gr.Button(word, interactive=can),
             self.at.stop: gr.Button(interactive=state.busy and state.word != "stopping"),
             self.at.delete: gr.Button(interactive=there and not state.busy),
-            self.at.timer: gr.Timer(active=state.busy),
+            self.at.timer: gr.Timer(active=state.word not in ("draft", "done")),
         }
 
     def filled(self, editable: bool, values: Update | None = None) -> Update:
