@@ -216,17 +216,19 @@ class Tab(RunTab):
         return shown | self.progress(person, run, ())
 
     def progress(self, person: str, run: Run, seen: tuple) -> Update:
-        """Status, curves and the latest sheet, as far as they are new. seen: (state, step, sheet) shown before."""
+        """Status, curves and the latest sheet, as far as they are new. seen: (state, step, sheet and whether
+        it is the last, ...) shown before."""
         at, state, found = self.at, self.runs.state(run), look(run.out)
         ended = found.best if found.words else -1
         newest = ended if ended in found.sheets else max(found.sheets, default=-1)
-        now = (state, found.step, newest, run.said if state.busy else "")
+        sheet = newest, bool(found.words)
+        now = (state, found.step, sheet, run.said if state.busy else "")
         if now == seen:
             return self.same
         new: Update = {at.seen: now, at.status: self._status(run, state, found)} | self.buttons(state)
         if found.chart and (not seen or seen[1] != found.step):
             new[at.curves] = runcards.curves(found.chart)
-        if newest >= 0 and (not seen or seen[2] != newest):
+        if newest >= 0 and (not seen or tuple(seen[2]) != sheet):
             kept = ", the one that is kept" if found.words else ""
             caption = f"The model's own picture beside the adapted one, step {newest}{kept}"
             new[at.stage] = runcards.sheet(found.sheets[newest], caption)

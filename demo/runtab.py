@@ -150,7 +150,7 @@ class RunTab:
     def buttons(self, state: State, may: bool = True, there: bool = True) -> Update:
         """The buttons of a state, and the clock; may: whether a draft can be begun.
 
-        The clock goes on where a run can be taken up again: a late answer to an earlier tick would stop it after that."""
+        The clock goes on where a run can be taken up again: else a late answer to an old tick could stop it then."""
         word = {"stopped": "Resume", "failed": "Try again"}.get(state.word, self.verb)
         can = state.word in ("stopped", "failed") or (state.word == "draft" and may)
         return {
