@@ -42,8 +42,9 @@ browser:
 			echo "note: no Chromium found (Debian: apt-get install chromium): the browser tests will be skipped" >&2; \
 		fi; }
 
+# Two files of tests at a time, one thread each: tiny networks gain nothing from a second.
 test: install browser  ## run the tests that take seconds each
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: install browser  ## run every test (GPU tests skip without one)
 	$(BIN)/python -m pytest

@@ -250,7 +250,7 @@ class Painter:
         """The (width, height) that it draws, its own and those that its decoder's upscaler gives; beside each, shapes
         with 0.7 to 1.4 times as many pixels.
 
-        Empty without an upscaler: then any from 32 to 1024 pixels in multiples of 16, best near those it learned."""
+        Empty without an upscaler: then any from 32 to 2048 pixels in multiples of 16, best near those it learned."""
         own = self.defaults["width"], self.defaults["height"]
         return [(own[0] * s, own[1] * s) for s in self.vae.scales] if len(self.vae.scales) > 1 else []
 

@@ -242,6 +242,7 @@ def test_a_disk_that_is_full_stops_the_run_and_loses_nothing(trials, to):
     assert records[: len(kept)] == [json.loads(line) for line in kept]
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_resumed(tiny_model, tmp_path):
     rows, out = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text("".join(f"a red apple {k}\n" for k in range(40)))

@@ -115,7 +115,7 @@ def test_what_cannot_be_reconstructed_is_said(tmp_path, capsys):
     run = _train(tmp_path / "run", steps=20)
     single = _train(tmp_path / "single", steps=2, ema=0.1)
     for folder, width, step, words in (
-        (run, 0.5, None, "EMA width lies between"),
+        (run, 0.5, None, "EMA width must be above 0 and below"),
         (single, 0.07, None, "trainer.ema="),
         (run, 0.07, 15, "no snapshot at step 15; there are 10, 20"),
     ):

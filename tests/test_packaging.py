@@ -56,6 +56,7 @@ def test_the_wheel_offers_the_command(wheel):
     assert "diffusionfm = diffusionfm.cli:main" in wheel.read(entry).decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_s_studio_imports_from_inside_the_package(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = "import diffusionfm.demo.app as app; assert app.css(); print(app.__file__)"

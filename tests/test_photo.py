@@ -139,10 +139,8 @@ class Studio:
         return self.run("denoiser", f"denoiser-{side}", *small)
 
 
-@pytest.mark.parametrize(
-    ("vae", "text", "patch"),
-    [("flux", "qwen3", 2), pytest.param("dcae", "t5", 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("vae", "text", "patch"), [("flux", "qwen3", 2), ("dcae", "t5", 1)])
 def test_all_stages_run_from_pictures_to_pictures(tmp_path, vae, text, patch):
     studio = Studio(tmp_path, vae, text)
     for side in STAGES:

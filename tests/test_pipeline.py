@@ -100,7 +100,7 @@ def test_long_prompt_is_reported(tiny_pipe):
         ({"num_inference_steps": 0}, "steps must be from 1 to 500"),
         ({"num_inference_steps": 10**6}, "steps must be"),
         ({"height": 100}, "multiple of 16, got 100: try 96"),
-        ({"width": 2048}, "width must be from 32 to 1024"),
+        ({"width": 4096}, "width must be from 32 to 2048"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"guidance_scale": 51}, "guidance"),
         ({"seed": -1}, "seed"),

@@ -36,6 +36,7 @@ def desk(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_run_one_after_the_other(desk):
     draw = README[README.index("## Draw") : README.index("## The studio")]
     commands = [shlex.split(line)[1:] for line in lines("diffusionfm", draw)]

@@ -21,7 +21,7 @@ TOY = str(Path(__file__).parent / "trainer_toy.py")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("decay", [0.0, 0.15])
 def test_twenty_steps_are_seven_and_six_and_seven(tmp_path, capsys, optimizer, precision, decay):
     """With a decay, the run goes on from before its earlier end was in sight; without, from its very end."""
@@ -36,6 +36,7 @@ def test_twenty_steps_are_seven_and_six_and_seven(tmp_path, capsys, optimizer, p
     same_end(tmp_path / "whole", tmp_path / "parts", 20)
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_goes_on_to_the_same_end(tmp_path):
     common = [
         "trainer.steps=40",
