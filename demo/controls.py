@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from diffusionfm.colors import COLORS
+from diffusionfm.phrasing import STYLES
 
 from . import cards
 from .adapters import Picker, place
@@ -21,7 +22,6 @@ from .request import (
     MAX_SEED,
     MAX_STEPS,
     NOTHING,
-    STYLES,
     sizes,
     usual_size,
 )

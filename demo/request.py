@@ -24,26 +24,6 @@ MAX_COUNT, MAX_STEPS, MAX_GUIDANCE, MAX_PROMPT = 8, 100, 20.0, 2000
 USUAL = 512
 """Pixels a side that a picture has at first, where the model's decoder goes so far: a page shows it about as large."""
 NOTHING, AS_WRITTEN = "transparent", "as the prompt says"
-STYLES = [
-    "flat emoji",
-    "3D emoji",
-    "round emoji",
-    "blob emoji",
-    "cartoon emoji",
-    "outlined emoji",
-    "clip art",
-    "sticker",
-    "flat icon",
-    "gradient icon",
-    "plump icon",
-    "hand drawn icon",
-    "low poly icon",
-    "colored line icon",
-    "pixel icon",
-    "stencil icon",
-    "map icon",
-]
-"""Styles as the shipped model's captions name them."""
 
 
 def compose(prompt: str, style: str = AS_WRITTEN, background: str = NOTHING) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from diffusionfm.edit import Start, cells, start_from
 from diffusionfm.images import on_background
 from diffusionfm.inputs import Source
 from diffusionfm.lora import merge_few_step
+from diffusionfm.phrasebook import Phrasebook
 from diffusionfm.text import encode_prompts, truncated_words
 from diffusionfm.vocabulary import FILE, Vocabulary
 
@@ -71,6 +72,7 @@ class Task:
     prompt: str
     negative: str
     seed: int
+    read: str = ""  # what the model is given for the prompt, where that is another text
 
 
 class Painter:
@@ -94,6 +96,7 @@ class Painter:
         self.lora_sources: dict[str, Path] = {}
         self.fast = False
         self.vocabulary: Vocabulary | None = None  # of a model whose folder lists its words
+        self.phrasebook: Phrasebook | None = None  # and the phrases that it knows well
         for network in (vae, text_encoder, transformer):
             network.eval()
 
@@ -116,6 +119,7 @@ class Painter:
             self.model_name += "-fast"
         self.model_hash = self.fingerprint()
         self.vocabulary = Vocabulary.read(folder / FILE)
+        self.phrasebook = Phrasebook.read(folder, self.vocabulary.words if self.vocabulary else ())
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +151,12 @@ class Painter:
         settings: negative_prompt, steps, guidance, size, and strength where it was drawn from a picture.
         loras: those at work, by name, and their scales; None for all that were loaded.
         """
-        said = {"prompt": prompt, "seed": seed, "model": self.model_name, "model_hash": self.model_hash}
+        at_work = self.loras if loras is None else loras
+        read = self.read_as(prompt, at_work)
+        said = {"prompt": prompt, "read_as": "" if read == prompt else read, "seed": seed}
+        said |= {"model": self.model_name, "model_hash": self.model_hash}
         said |= {"version": __version__, **settings, "guidance": float(settings["guidance"])}
-        worn = [f"{name}:{scale:g}" for name, scale in (self.loras if loras is None else loras).items()]
+        worn = [f"{name}:{scale:g}" for name, scale in at_work.items()]
         return {name: value for name, value in said.items() if value != ""} | ({"lora": worn} if worn else {})
 
     # -------------------------------------------------------------- drawing
@@ -195,7 +202,9 @@ class Painter:
         start = None
         if image is not None:
             start = start_from(image, settings["width"], settings["height"], strength, mask_image)
-        tasks = plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None)
+        tasks = self.understood(
+            plan_tasks(prompt, negative_prompt, seed, num_images, silent=start is not None), self.loras
+        )
         batch_size = batch_size or BATCH_SIZE.get(self.device.type, 8)
         groups = [tasks[k : k + batch_size] for k in range(0, len(tasks), batch_size)]
         said = settings if start is None else settings | {"strength": start.strength}
@@ -345,11 +354,12 @@ class Painter:
         A prompt that is the negative one has no use for guidance. What attention reads of a prompt is computed once
         here, however many rows have it.
         """
-        same = [task.prompt == task.negative for task in tasks]
+        asked = [task.read or task.prompt for task in tasks]
+        same = [prompt == task.negative for prompt, task in zip(asked, tasks, strict=True)]
         scales = [1.0 if alike else scale for alike, scale in zip(same, scales, strict=True)]
         cond = [k for k, scale in enumerate(scales) if scale != 0]
         uncond = [k for k, scale in enumerate(scales) if scale != 1]
-        prompts = [tasks[k].prompt for k in cond] + [tasks[k].negative for k in uncond]
+        prompts = [asked[k] for k in cond] + [tasks[k].negative for k in uncond]
         once = list(dict.fromkeys(prompts))
         text, mask = self._encode(once, words)
         rows = torch.tensor([once.index(prompt) for prompt in prompts], device=text.device)
@@ -388,14 +398,35 @@ class Painter:
         lengths = torch.tensor([len(row) for row in rows], device=text.device)
         return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
 
+    def read_as(self, prompt: str, loras: Collection[str] = ()) -> str:
+        """What the model is given for a prompt: a thing in words it does not know becomes the nearest phrase it does.
+
+        loras: those at work. What they were taught no phrasebook lists, so with one a prompt is read as it is. Safe to
+        call from any thread."""
+        return prompt if self.phrasebook is None or loras else self.phrasebook.read_as(prompt)
+
+    def understood(self, tasks: Sequence[Task], loras: Collection[str] = ()) -> list[Task]:
+        """The tasks with their prompts as `read_as` has them."""
+        return [replace(task, read=self.read_as(task.prompt, loras)) for task in tasks]
+
     def advice(self, tasks: Sequence[Task], loras: Collection[str] = ()) -> list[str]:
-        """What to know of the tasks' prompts: what the text encoder cannot read, and which words it never learned.
+        """What to know of the tasks' prompts: what the text encoder cannot read, which words it never learned, and what
+        it reads in their place.
 
         loras: those at work. What they were taught is not listed, so with one no word is called unknown. Safe to call
         from any thread."""
         found = []
+        otherwise = {}
+        for prompt in dict.fromkeys(task.prompt for task in tasks):
+            read = self.read_as(prompt, loras)
+            if read not in (prompt, prompt.strip()[1:-1]):
+                otherwise[prompt] = read
+                found.append(
+                    f'drawn as "{_ends(read)}", the nearest that the model knows: put the prompt in double quotes '
+                    "to keep your own words"
+                )
         for prompt in dict.fromkeys(text for task in tasks for text in (task.prompt, task.negative) if text):
-            lost, words = self.unread(prompt, loras)
+            lost, words = self.unread(otherwise.get(prompt, prompt), loras)
             if lost:
                 found.append(
                     f"the prompt is longer than the {self.tokenizer.model_max_length} tokens it reads; "

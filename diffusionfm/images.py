@@ -19,6 +19,7 @@ KEY = "diffusionfm"
 TEMPORARY = ".diffusionfm-"  # begins the name of a file half-written; a dead process may leave one
 PARAMETERS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
+    "read_as": str,  # what was drawn in the place of words that the model does not know
     "negative_prompt": str,
     "seed": int,
     "steps": int,

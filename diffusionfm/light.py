@@ -1,7 +1,7 @@
 """A pipeline folder opened to draw and nothing else, without diffusers and transformers, whose import takes longer than
 a picture: the same networks, tokens and numbers, bit for bit.
 
-Axes: b batch, l tokens, h heads, d width.
+Axes: b batch, l tokens.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from diffusionfm.autoencoder import AutoencoderNetwork
+from diffusionfm.bert import Bert
 from diffusionfm.checks import WEIGHTS, check_model, read_json
 from diffusionfm.devices import default_dtype, parse_dtype
 from diffusionfm.drawing import Painter
@@ -118,77 +116,3 @@ class Words:
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
             "offset_mapping": [one.offsets for one in found],
         }
-
-
-# ---- transformers' BertModel without a pooler: its names, its order of operations ------------------------
-
-
-class Bert(nn.Module):
-    """A bidirectional encoder (BERT, arXiv:1810.04805): token ids and mask (b, l) -> `.last_hidden_state` (b, l, d)."""
-
-    def __init__(self, **config: Any):
-        super().__init__()
-        if config["hidden_act"] != "gelu":
-            raise ValueError(f"hidden_act is {config['hidden_act']!r}, and only gelu is known")
-        width, eps = config["hidden_size"], config["layer_norm_eps"]
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config["vocab_size"], width),
-                "position_embeddings": nn.Embedding(config["max_position_embeddings"], width),
-                "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
-                "LayerNorm": nn.LayerNorm(width, eps),
-            }
-        )
-        layers = [
-            BertLayer(width, config["num_attention_heads"], config["intermediate_size"], eps)
-            for _ in range(config["num_hidden_layers"])
-        ]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        parts = self.embeddings
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        x = parts["word_embeddings"](input_ids) + parts["token_type_embeddings"](torch.zeros_like(input_ids))
-        x = parts["LayerNorm"](x + parts["position_embeddings"](position))
-        mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None, :]
-        layers: Any = self.encoder["layer"]
-        for layer in layers:
-            x = layer(x, mask)
-        return SimpleNamespace(last_hidden_state=x)
-
-
-class BertLayer(nn.Module):
-    """Attention, then MLP, each with its norm behind the sum."""
-
-    def __init__(self, width: int, heads: int, hidden: int, eps: float):
-        super().__init__()
-        self.heads = heads
-        self.attention = nn.ModuleDict(
-            {
-                "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
-                "output": BertOutput(width, width, eps),
-            }
-        )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
-        self.output = BertOutput(hidden, width, eps)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (
-            rearrange(layer(x), "b l (h d) -> b h l d", h=self.heads)
-            for layer in self.attention["self"].values()  # type: ignore[operator]
-        )
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self.attention["output"](rearrange(read, "b h l d -> b l (h d)"), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
-
-
-class BertOutput(nn.Module):
-    """LayerNorm(dense(x) + before)."""
-
-    def __init__(self, width_in: int, width: int, eps: float):
-        super().__init__()
-        self.dense = nn.Linear(width_in, width)
-        self.LayerNorm = nn.LayerNorm(width, eps)
-
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x) + before)

@@ -74,6 +74,30 @@ def words_in(text: str) -> list[str]:
     )
 
 
+NUMBERS = ("one", "two", "three", "four")
+"""How many things of a kind a caption may count."""
+STYLES = [
+    "flat emoji",
+    "3D emoji",
+    "round emoji",
+    "blob emoji",
+    "cartoon emoji",
+    "outlined emoji",
+    "clip art",
+    "sticker",
+    "flat icon",
+    "gradient icon",
+    "plump icon",
+    "hand drawn icon",
+    "low poly icon",
+    "colored line icon",
+    "pixel icon",
+    "stencil icon",
+    "map icon",
+]
+"""Styles as the shipped model's captions name them."""
+
+
 def in_style(style: str, phrase: str) -> str:
     """A phrase drawn in a style: "a flat emoji of a cat"."""
     return f"{article(style)} of {phrase}"

@@ -72,6 +72,9 @@ class DiffusionFMPipeline(DiffusionPipeline, Painter):
         write_atomic(Path(path) / "generation.json", text.encode())
         if self.vocabulary is not None:
             write_atomic(Path(path) / FILE, "\n".join([*self.vocabulary.words, ""]).encode())
+        if self.phrasebook is not None:
+            for name, data in self.phrasebook.files().items():
+                write_atomic(Path(path) / name, data)
         write_checksums(Path(path))
 
     def load_lora(self, source: str | os.PathLike[str], scale: float = 1.0, any_model: bool = False) -> str:

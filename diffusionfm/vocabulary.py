@@ -40,7 +40,7 @@ class Vocabulary:
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that no caption had in any form, each once; small words and numbers aside."""
         words = dict.fromkeys(words_in(prompt))
-        return [word for word in words if word not in SMALL_WORDS and not _forms(word) & self._rank.keys()]
+        return [word for word in words if word not in SMALL_WORDS and not forms(word) & self._rank.keys()]
 
     def advice(self, words: Iterable[str]) -> list[str]:
         """A sentence for each of some words that the model never learned."""
@@ -57,7 +57,7 @@ class Vocabulary:
         spelled.sort(key=lambda one: (one[0] != word[0], self._rank[one]))
         found: list[str] = []
         for one in [*self._parts(word), *spelled]:
-            if not any(_forms(one) & _forms(other) for other in found):
+            if not any(forms(one) & forms(other) for other in found):
                 found.append(one)
         return tuple(found[:most])
 
@@ -80,7 +80,15 @@ def learned_words(captions: Iterable[Iterable[str]], least: int = 3) -> list[str
     return [word for word, count in sorted(counts.items(), key=lambda i: (-i[1], i[0])) if count >= least]
 
 
-def _forms(word: str) -> frozenset[str]:
+def well_known(told: Iterable[tuple[str, str]], sources: int = 3) -> list[str]:
+    """The phrases, flags apart, that so many sources draw, of (source, phrase) of every sample; sorted."""
+    drawn_by: dict[str, set[str]] = {}
+    for source, phrase in told:
+        drawn_by.setdefault(phrase, set()).add(source)
+    return sorted(text for text, by in drawn_by.items() if len(by) >= sources and "flag of" not in text)
+
+
+def forms(word: str) -> frozenset[str]:
     """A word, its singular and its plural, as far as the ending tells."""
     forms = {word, f"{word}s", f"{word}es"}
     for ending, other in (("'s", ""), ("s", ""), ("es", ""), ("ies", "y")):

@@ -46,6 +46,8 @@ PIECES = {
     "vocabulary",
     "devices",
     "sentences",
+    "bert",
+    "phrasebook",
 }
 NETWORKS = {"transformer", "unet", "autoencoder", "text", "encoders", "models"}
 USERS = {"batch", "evaluate", "serve", "finetune", "distill"}

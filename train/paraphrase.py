@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.sentences import SentenceTeacher
 from diffusionfm.text import encode_prompts
 from diffusionfm.trainer import Trainer, TrainerConfig
+from diffusionfm.vocabulary import well_known
 
 PLAIN = 3  # a picture's first captions, which call what is drawn by its phrase: these keep their reading
 
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> Path:
         learner = copy.deepcopy(pipe.text_encoder)
         objective = Paraphrasing(reading, pipe.text_encoder, learner, pipe.tokenizer, cfg.queries)
         told = dataset.columns("source", "phrase", "style", "captions")
-        phrases = known_phrases([(source, phrase) for source, phrase, *_ in told], cfg.sources)
+        drawn = ((source, phrase) for source, phrase, *_ in told if source != SOURCE)
+        phrases = well_known(drawn, cfg.sources)
         heldout = ShardDataset(cfg.shards, split="heldout", needs=("safetensors", "txt"))
         pairs = other_words(cfg, phrases, held_out_phrases(heldout))
         kept = [pair for pair in pairs if is_kept_back(pair[0], cfg.kept_back)]
@@ -91,18 +92,6 @@ def main(argv: list[str] | None = None) -> Path:
         if trainer.accelerator.is_main_process:
             save(cfg, run)
     return run
-
-
-def known_phrases(told: list[tuple[str, str]], sources: int) -> list[str]:
-    """The phrases, flags apart, that so many sources draw, of (source, phrase) of every sample."""
-    drawn_by: dict[str, set[str]] = defaultdict(set)
-    for source, phrase in told:
-        drawn_by[phrase].add(source)
-    return sorted(
-        phrase
-        for phrase, found in drawn_by.items()
-        if len(found - {SOURCE}) >= sources and "flag of" not in phrase
-    )
 
 
 def other_words(cfg: ParaphraseConfig, phrases: list[str], held_out: set[str]) -> list[Pair]:

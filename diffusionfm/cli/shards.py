@@ -99,6 +99,23 @@ def shards_words(args: argparse.Namespace) -> int:
     return _write("\n".join([*trained_words(args.dir), ""]), args.output)
 
 
+def shards_phrases(args: argparse.Namespace) -> int:
+    """`diffusionfm shards phrases`: two files in the model's folder."""
+    from diffusionfm.data.report import trained_phrases
+    from diffusionfm.images import write_atomic
+    from diffusionfm.phrasebook import Phrasebook
+
+    phrases = trained_phrases(args.dir)
+    if not phrases:
+        raise ValueError(
+            f"{args.dir}: no phrase is drawn by three sources or more, so there is nothing to write"
+        )
+    for name, data in Phrasebook.of(phrases).files().items():
+        write_atomic(args.output / name, data)
+    print(f"{len(phrases):,} phrases in {args.output}")
+    return 0
+
+
 def _write(text: str, output: Path | None) -> int:
     from diffusionfm.images import write_atomic
 
@@ -158,11 +175,18 @@ def add_shards(commands: Any) -> None:
         ("verify", shards_verify, "check every hash and name what is broken"),
         ("attribution", shards_attribution, "write ATTRIBUTION.md from the shards"),
         ("words", shards_words, "write words.txt, the words that a model learns from the shards"),
+        ("phrases", shards_phrases, "write the phrases that a model comes to know well: its phrasebook"),
     ):
-        command = add_command(kinds, name, run, summary, f"shards {name} data/icons")
+        command = add_command(
+            kinds, name, run, summary, f"shards {name} data/icons" + " -o my-model" * (name == "phrases")
+        )
         command.add_argument("dir", type=Path, help="a folder of shards")
         if name == "inspect":
             command.add_argument("--sheet", type=Path, metavar="PNG", help="default: DIR/contact_sheet.png")
             command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         if name in ("attribution", "words"):
             command.add_argument("-o", "--output", type=Path, help="default: standard output")
+        if name == "phrases":
+            command.add_argument(
+                "-o", "--output", type=Path, required=True, metavar="MODEL", help="its folder"
+            )

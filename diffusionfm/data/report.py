@@ -17,7 +17,7 @@ from diffusionfm.data.order import Order
 from diffusionfm.data.reader import PICTURES, BadSample, ShardDataset, decode_picture, told_captions
 from diffusionfm.data.shards import shard_paths
 from diffusionfm.inputs import DECODE_ERRORS
-from diffusionfm.vocabulary import learned_words
+from diffusionfm.vocabulary import learned_words, well_known
 
 COUNTED = ("source", "licence", "style", "palette", "split", "background")
 Progress = Callable[[int, int], None]
@@ -114,6 +114,22 @@ def trained_words(folder: str | os.PathLike, progress: Progress | None = None) -
     metas = enumerate(_metas(dataset, progress))
     seen = ((i, meta) for i, meta in metas if meta.get("split") != "heldout")
     return learned_words(told_captions(meta) or [dataset.caption(i)] for i, meta in seen)
+
+
+def trained_phrases(folder: str | os.PathLike) -> dict[str, list[str]]:
+    """The phrases that a model comes to know well of a folder of shards, three sources or more draw them, and all
+    captions of each, the most frequent first.
+
+    Held-out samples teach none, and compositions none of their own."""
+    told = ShardDataset(folder, split="train").columns("source", "phrase", "captions")
+    own = [(source, phrase, texts) for source, phrase, texts in told if phrase and source != "composed"]
+    captions: dict[str, Counter[str]] = {
+        phrase: Counter() for phrase in well_known((source, phrase) for source, phrase, _ in own)
+    }
+    for _, phrase, texts in own:
+        if phrase in captions:
+            captions[phrase].update(texts or [])
+    return {phrase: [text for text, _ in counts.most_common()] for phrase, counts in captions.items()}
 
 
 def contact_sheet(dataset: ShardDataset, indices: list[int], columns: int = 8) -> Image.Image:

@@ -102,6 +102,7 @@ def merge(pipe: DiffusionFMPipeline) -> None:
         if hasattr(network, "peft_config"):
             del network.peft_config
     pipe.loras.clear()
+    pipe.phrasebook = None  # it does not list what the adapters were taught
 
 
 def _difference(pipe: DiffusionFMPipeline, expected: np.ndarray) -> int:

@@ -165,6 +165,7 @@ def _run(
         dataset = PictureDataset(report, found, size, cfg.captions)
         shown = first_samples(dataset.pictures, size)
         pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
+        pipe.phrasebook = None  # words are read as they are, for it is words that are taught
         _say_language(report, say)
         known = {"base": pipe.base_hash, **cfg.signature()}
         check_record(out, known)

@@ -224,9 +224,8 @@ def _answer(pipe: DiffusionFMPipeline, asked: Asked, pictures: Pictures) -> dict
             warnings.append(f"the picture of seed {seed} came out without any transparency")
         shown = on_white(image) if asked.background == "opaque" else image
         png = encode_png(shown, told if asked.metadata else None)
-        data.append(
-            {"b64_json": base64.b64encode(png).decode(), "seed": seed, "flagged": bool(pictures.flagged)}
-        )
+        one = {"b64_json": base64.b64encode(png).decode(), "seed": seed, "flagged": bool(pictures.flagged)}
+        data.append(one | ({"revised_prompt": told["read_as"]} if "read_as" in told else {}))
     return {
         "created": int(time.time()),
         "background": asked.background,

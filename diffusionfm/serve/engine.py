@@ -183,6 +183,7 @@ class Engine:
         if len(tasks) > most:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
+        tasks = self.pipe.understood(tasks, [name for name, _ in request.loras])
         flagged = self.safety.check(request.prompt)
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step, start)

@@ -19,10 +19,9 @@ from diffusionfm.colors import COLORS, INKS, rgb
 from diffusionfm.data.icons.captions import pick_background
 from diffusionfm.data.icons.render import clear_hidden, edge_color, inked, on_color
 from diffusionfm.outlines import OUTLINES
-from diffusionfm.phrasing import article, on_background, plural
+from diffusionfm.phrasing import NUMBERS, article, on_background, plural
 
 SOURCE = "composed"
-NUMBERS = ("one", "two", "three", "four")
 RELATIONS = {  # words, the words seen from the other thing, direction of the first from the second
     "left of": (("left of", "to the left of"), ("right of", "to the right of"), (-1, 0)),
     "right of": (("right of", "to the right of"), ("left of", "to the left of"), (1, 0)),

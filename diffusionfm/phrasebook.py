@@ -1,0 +1,188 @@
+"""The phrases a model knows well, and the one of them that is meant by words it does not know.
+
+A small text encoder trained on captions cannot know that trainers are shoes. A sentence encoder trained on far more
+text can tell which caption is nearest (compare prompt expansion in Fooocus; here nothing is added, and it is said).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from diffusionfm.colors import COLORS
+from diffusionfm.phrasing import NUMBERS, SMALL_WORDS, STYLES, article, plural, words_in
+from diffusionfm.vocabulary import ALIKE, forms
+
+if TYPE_CHECKING:
+    from diffusionfm.sentences import SentenceTeacher
+
+# In a model's folder: a phrase a line, and what the sentence encoder makes of each.
+FILES = ("phrases.txt", "phrases.safetensors")
+MOST = 2**20  # bytes that are read of one
+COMMON = 2000  # the words of most pictures' captions: a model knows these whether a phrase has them or not
+SLIP = 0.87  # likeness of spelling, as difflib has it, at which a word is taken for a slip before it is looked up
+LEAST = 0.35  # cosine below which no phrase is near
+OTHERS = 4  # captions of a phrase, beside itself, that tell what it means
+
+_COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
+_STYLED = re.compile(r"^(an? (?:[\w-]+ ){0,4}(?:emoji|icon|clip art|sticker) of )", re.I)
+_GROUND = re.compile(rf"( on an? (?:{_COLOR}) background)$", re.I)
+_JOINED = re.compile(r"( and | (?:to the )?(?:left|right) of | (?:above|below|over|under) )", re.I)
+_THING = re.compile(rf"^(?:(an?|the|{'|'.join(NUMBERS)}) )?((?:(?:{_COLOR}) )*)(.+)$", re.I)
+SHORT = 3  # words a thing has at most where several stand together; longer ones are one description
+_STRUCTURE = {
+    word for text in (*COLORS, *STYLES, *NUMBERS, "left right background") for word in words_in(text)
+}
+
+
+class Phrasebook:
+    """Phrases that a model knows well, with a bit for each feature of what their captions mean.
+
+    phrases: captions without their articles. signs: uint8 (n, width / 8), whether a feature is above its mean, as
+    `np.packbits` has it. spread: float16 (width,), each feature's standard deviation. common: other words it knows.
+    """
+
+    def __init__(
+        self, phrases: Sequence[str], signs: np.ndarray, spread: np.ndarray, common: Iterable[str] = ()
+    ):
+        if signs.dtype != np.uint8 or signs.shape != (len(phrases), spread.size // 8) or not len(phrases):
+            raise ValueError("a phrasebook needs a row of signs for each of its phrases: make it anew")
+        self.phrases, self.signs, self.spread = list(phrases), signs, spread
+        known = dict.fromkeys(
+            [*common, *(word for text in phrases for word in words_in(text)), *sorted(_STRUCTURE)]
+        )
+        self._spellings = list(known)
+        self.words = {form for word in known for form in forms(word)} | SMALL_WORDS
+        self.read_as = lru_cache(4096)(self._read_as)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Sequence[str]], common: Iterable[str] = ()) -> Phrasebook:
+        """The book of some phrases, each with its captions, the most frequent first.
+
+        What a phrase means is the mean of itself and a few captions that name neither style nor ground: keywords,
+        synonyms, definitions. ValueError where the sentence encoder is not installed.
+        """
+        phrases = sorted(told)
+        texts = [[article(phrase), *_others(phrase, told[phrase])] for phrase in phrases]
+        read = _features([text for some in texts for text in some])
+        means = torch.stack([some.mean(0) for some in read.split([len(some) for some in texts])])
+        means = torch.nn.functional.normalize(means, dim=-1)
+        signs = np.packbits((means > means.mean(0)).numpy(), axis=1)
+        return cls(phrases, signs, means.std(0, unbiased=False).numpy().astype(np.float16), common)
+
+    @classmethod
+    def read(cls, folder: Path, vocabulary: Sequence[str] = ()) -> Phrasebook | None:
+        """Of a model's folder; None where it has none. ValueError, one line, for files that are none of ours.
+
+        vocabulary: the words of its captions, most frequent first."""
+        text, numbers = (folder / name for name in FILES)
+        if not text.is_file() or not numbers.is_file():
+            return None
+        for path in (text, numbers):
+            if path.stat().st_size > MOST:
+                raise ValueError(f"{path} is over 1 MiB: it is no part of a phrasebook")
+        try:
+            phrases = text.read_text(encoding="utf-8").splitlines()
+            return cls(phrases, **load_file(numbers), common=vocabulary[:COMMON])
+        except (ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{numbers} does not fit {text.name} ({error}): copy both again") from error
+
+    def files(self) -> dict[str, bytes]:
+        """What `read` reads, by name."""
+        numbers = {"signs": self.signs, "spread": self.spread}
+        return {FILES[0]: "\n".join([*self.phrases, ""]).encode(), FILES[1]: save(numbers)}
+
+    def strange(self, text: str) -> list[str]:
+        """Its words that no phrase of the book has in any form; small words, colours, numbers and styles are none."""
+        return [word for word in words_in(text) if not forms(word) & self.words]
+
+    def _read_as(self, prompt: str) -> str:
+        """The prompt with slips of spelling mended, and each thing with a strange word in the nearest phrase's words.
+
+        Style, ground, colours, numbers and places stay as they are. A prompt without strange words, or nothing near,
+        comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes comes back
+        without them. Safe to call from any thread.
+        """
+        text = " ".join(prompt.split())
+        if len(text) > 2 and text[0] == text[-1] == '"':
+            return text[1:-1]
+        style, core, ground = "", text, ""
+        if styled := _STYLED.match(core):
+            style, core = styled[1], core[styled.end() :]
+        if grounded := _GROUND.search(core):
+            core, ground = core[: grounded.start()], grounded[1]
+        if not self.strange(core) or "flag of" in core.lower():
+            return prompt
+        parts = _JOINED.split(core)
+        if any(len(words_in(_THING.sub(r"\3", part))) > SHORT for part in parts[::2]):
+            parts = [core]
+        known = [part if k % 2 else self._known(part) for k, part in enumerate(parts)]
+        return prompt if known == parts else f"{style}{''.join(known)}{ground}"
+
+    def _known(self, thing: str) -> str:
+        """A thing in words of the book: "two red puppies" -> "two red dogs", "a pizzza" -> "a pizza"."""
+        strange = self.strange(thing)
+        if not strange:
+            return thing
+        spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 else None
+        if spelled is None:
+            many, colors, name = _THING.match(thing).groups()  # type: ignore[union-attr]
+            if nearest := self.nearest(name):
+                counted = (many or "").lower() in NUMBERS[1:]
+                return f"{many} {colors}{plural(nearest)}" if counted else article(f"{colors}{nearest}")
+            spelled = self._spelled(strange[0], ALIKE) if len(strange) == 1 else None
+        return re.sub(rf"\b{re.escape(strange[0])}\b", spelled, thing, flags=re.I) if spelled else thing
+
+    def _spelled(self, word: str, alike: float) -> str | None:
+        """The known word that one has at least so much likeness with; None for words that the sentence encoder has."""
+        if _encoder().has(word):
+            return None
+        near = difflib.get_close_matches(word, self._spellings, n=4, cutoff=alike)
+        return next((one for one in near if one[0] == word[0]), None)
+
+    def nearest(self, text: str) -> str | None:
+        """The phrase that means most nearly what a text does; None where none is near."""
+        spread = self.spread.astype(np.float32)
+        asked = _features([article(text)])[0].numpy()
+        likeness = (np.unpackbits(self.signs, axis=1) * 2.0 - 1) @ (asked * spread) / np.linalg.norm(spread)
+        best = int(likeness.argmax())
+        return self.phrases[best] if likeness[best] >= LEAST else None
+
+
+def _others(phrase: str, captions: Iterable[str]) -> list[str]:
+    """The first few captions that say what is drawn in other words than the phrase's own."""
+    told = (text for text in captions if not _STYLED.match(text) and not _GROUND.search(text))
+    return [text for text in told if text not in (phrase, article(phrase))][:OTHERS]
+
+
+_LOADING = threading.Lock()
+
+
+@torch.inference_mode()
+def _features(texts: list[str], size: int = 64) -> Tensor:
+    """Unit features (n, width) of texts."""
+    return torch.cat([_encoder()(texts[k : k + size]) for k in range(0, len(texts), size)])
+
+
+def _encoder() -> SentenceTeacher:
+    """The sentence encoder, loaded when it is first asked for."""
+    with _LOADING:
+        return _loaded()
+
+
+@cache
+def _loaded() -> SentenceTeacher:
+    from diffusionfm.sentences import SentenceTeacher
+
+    return SentenceTeacher()
