@@ -95,7 +95,7 @@ class Tab(RunTab):
                 work += engine.check_work(*(job.settings[name] for name in ("height", "width", "steps")))
             except ValueError as error:
                 raise ValueError(f"row {job.id}: {error}") from error
-            if safety.check(job.prompt):
+            if safety.check(f"{job.prompt}\n{engine.pipe.read_as(job.prompt)}"):
                 flagged.append(job.prompt)
         if work * int(settings["repeats"]) > MOST * own:
             raise ValueError(

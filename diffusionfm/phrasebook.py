@@ -64,7 +64,7 @@ class Phrasebook:
         )
         self._spellings = list(known)
         self.words = {form for word in known for form in forms(word)} | SMALL_WORDS
-        self.read_as = lru_cache(4096)(self._read_as)
+        self.read_as = lru_cache(1024)(self._read_as)
 
     @classmethod
     def of(cls, told: Mapping[str, Sequence[str]], common: Iterable[str] = ()) -> Phrasebook:

@@ -21,6 +21,7 @@ from diffusionfm.phrasebook import FILES, Phrasebook
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
+from diffusionfm.serve.safety import Safety
 from diffusionfm.vocabulary import Vocabulary, well_known
 
 TOLD = {
@@ -113,6 +114,13 @@ def test_a_drawing_is_that_of_the_phrase_and_tells_so(reading):
         there = engine.submit(Request("a puppy", seed=3, steps=2)).result(60)
     difference = np.abs(np.asarray(there.images[0], int) - np.asarray(meant.images[0], int)).max()
     assert difference <= 1 and there.told == drawn.told and there.warnings == [said]
+
+
+def test_what_is_drawn_in_the_place_of_a_prompt_is_checked_too(reading, tmp_path):
+    (words := tmp_path / "words.txt").write_text("dog\n")
+    with Engine(reading, safety=Safety(file=words)) as engine:
+        assert engine.submit(Request("a puppy", steps=1)).result(60).flagged == ["dog"]
+        assert engine.submit(Request("a phantom", steps=1)).result(60).flagged == []
 
 
 def test_with_adapters_words_are_the_user_s_own(reading):

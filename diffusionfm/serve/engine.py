@@ -184,7 +184,7 @@ class Engine:
             raise ValueError(f"at most {most} pictures a request, got {len(tasks)}: ask several times")
         self.wardrobe.check(request.loras)
         tasks = self.pipe.understood(tasks, [name for name, _ in request.loras])
-        flagged = self.safety.check(request.prompt)
+        flagged = self.safety.check("\n".join(dict.fromkeys([request.prompt, tasks[0].read])))
         group = (found["height"], found["width"], tuple(sorted(request.loras)))
         job = Job(client, float(found["guidance"]), times, group, on_step, start)
         settings = found if start is None else found | {"strength": start.strength}
