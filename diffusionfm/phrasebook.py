@@ -33,6 +33,7 @@ MOST = 2**20  # bytes that are read of one
 COMMON = 2000  # the words of most pictures' captions: a model knows these whether a phrase has them or not
 SLIP = 0.87  # likeness of spelling, as difflib has it, at which a word is taken for a slip before it is looked up
 LEAST = 0.35  # cosine below which no phrase is near
+DRAWN = 0.06  # what a phrase gains in cosine for each e-fold of sources that draw it: these the model draws better
 OTHERS = 4  # captions of a phrase, beside itself, that tell what it means
 
 _COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
@@ -50,15 +51,23 @@ class Phrasebook:
     """Phrases that a model knows well, with a bit for each feature of what their captions mean.
 
     phrases: captions without their articles. signs: uint8 (n, width / 8), whether a feature is above its mean, as
-    `np.packbits` has it. spread: float16 (width,), each feature's standard deviation. common: other words it knows.
+    `np.packbits` has it. spread: float16 (width,), each feature's standard deviation. sources: uint8 (n,), how many
+    sources draw it. common: other words that the model knows.
     """
 
     def __init__(
-        self, phrases: Sequence[str], signs: np.ndarray, spread: np.ndarray, common: Iterable[str] = ()
+        self,
+        phrases: Sequence[str],
+        signs: np.ndarray,
+        spread: np.ndarray,
+        sources: np.ndarray,
+        common: Iterable[str] = (),
     ):
         if signs.dtype != np.uint8 or signs.shape != (len(phrases), spread.size // 8) or not len(phrases):
             raise ValueError("a phrasebook needs a row of signs for each of its phrases: make it anew")
-        self.phrases, self.signs, self.spread = list(phrases), signs, spread
+        if sources.shape != (len(phrases),) or not sources.all():
+            raise ValueError("a phrasebook needs how many sources draw each of its phrases: make it anew")
+        self.phrases, self.signs, self.spread, self.sources = list(phrases), signs, spread, sources
         known = dict.fromkeys(
             [*common, *(word for text in phrases for word in words_in(text)), *sorted(_STRUCTURE)]
         )
@@ -67,19 +76,21 @@ class Phrasebook:
         self.read_as = lru_cache(1024)(self._read_as)
 
     @classmethod
-    def of(cls, told: Mapping[str, Sequence[str]], common: Iterable[str] = ()) -> Phrasebook:
-        """The book of some phrases, each with its captions, the most frequent first.
+    def of(cls, told: Mapping[str, tuple[int, Sequence[str]]], common: Iterable[str] = ()) -> Phrasebook:
+        """The book of some phrases, each with how many sources draw it and its captions, the most frequent first.
 
         What a phrase means is the mean of itself and a few captions that name neither style nor ground: keywords,
         synonyms, definitions. ValueError where the sentence encoder is not installed.
         """
         phrases = sorted(told)
-        texts = [[article(phrase), *_others(phrase, told[phrase])] for phrase in phrases]
+        texts = [[article(phrase), *_others(phrase, told[phrase][1])] for phrase in phrases]
         read = _features([text for some in texts for text in some])
         means = torch.stack([some.mean(0) for some in read.split([len(some) for some in texts])])
         means = torch.nn.functional.normalize(means, dim=-1)
         signs = np.packbits((means > means.mean(0)).numpy(), axis=1)
-        return cls(phrases, signs, means.std(0, unbiased=False).numpy().astype(np.float16), common)
+        spread = means.std(0, unbiased=False).numpy().astype(np.float16)
+        sources = np.array([min(told[phrase][0], 255) for phrase in phrases], np.uint8)
+        return cls(phrases, signs, spread, sources, common)
 
     @classmethod
     def read(cls, folder: Path, vocabulary: Sequence[str] = ()) -> Phrasebook | None:
@@ -100,7 +111,7 @@ class Phrasebook:
 
     def files(self) -> dict[str, bytes]:
         """What `read` reads, by name."""
-        numbers = {"signs": self.signs, "spread": self.spread}
+        numbers = {"signs": self.signs, "spread": self.spread, "sources": self.sources}
         return {FILES[0]: "\n".join([*self.phrases, ""]).encode(), FILES[1]: save(numbers)}
 
     def strange(self, text: str) -> list[str]:
@@ -152,12 +163,14 @@ class Phrasebook:
         return next((one for one in near if one[0] == word[0]), None)
 
     def nearest(self, text: str) -> str | None:
-        """The phrase that means most nearly what a text does; None where none is near."""
+        """The phrase that means most nearly what a text does, rather one that many draw; None where none is near."""
         spread = self.spread.astype(np.float32)
         asked = _features([article(text)])[0].numpy()
         likeness = (np.unpackbits(self.signs, axis=1) * 2.0 - 1) @ (asked * spread) / np.linalg.norm(spread)
-        best = int(likeness.argmax())
-        return self.phrases[best] if likeness[best] >= LEAST else None
+        if likeness.max() < LEAST:
+            return None
+        worth = np.where(likeness >= LEAST, likeness + DRAWN * np.log(self.sources), -np.inf)
+        return self.phrases[int(worth.argmax())]
 
 
 def _others(phrase: str, captions: Iterable[str]) -> list[str]:

@@ -35,7 +35,7 @@ TOLD = {
 
 @pytest.fixture(scope="module")
 def book() -> Phrasebook:
-    return Phrasebook.of(TOLD, common=["smiling"])
+    return Phrasebook.of({phrase: (3, captions) for phrase, captions in TOLD.items()}, common=["smiling"])
 
 
 @pytest.fixture
@@ -81,6 +81,14 @@ def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
 )
 def test_what_is_known_or_near_nothing_stays_as_it_is(book, prompt):
     assert book.read_as(prompt) == prompt
+
+
+def test_of_two_near_phrases_the_one_that_many_draw():
+    told = {phrase: (3, captions) for phrase, captions in TOLD.items()} | {"poodle": (3, [])}
+    once = Phrasebook.of(told)
+    assert once.nearest("a curly poodle breed") == "poodle"
+    once.sources[once.phrases.index("dog")] = 200
+    assert once.nearest("a curly poodle breed") == "dog" and once.nearest("xqzt blorf") is None
 
 
 def test_it_is_the_same_from_its_files_and_bad_files_are_told(book, tmp_path):

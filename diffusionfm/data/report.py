@@ -116,20 +116,24 @@ def trained_words(folder: str | os.PathLike, progress: Progress | None = None) -
     return learned_words(told_captions(meta) or [dataset.caption(i)] for i, meta in seen)
 
 
-def trained_phrases(folder: str | os.PathLike) -> dict[str, list[str]]:
-    """The phrases that a model comes to know well of a folder of shards, three sources or more draw them, and all
-    captions of each, the most frequent first.
+def trained_phrases(folder: str | os.PathLike) -> dict[str, tuple[int, list[str]]]:
+    """The phrases that a model comes to know well of a folder of shards, three sources or more draw them: how many do,
+    and all captions of each, the most frequent first.
 
     Held-out samples teach none, and compositions none of their own."""
     told = ShardDataset(folder, split="train").columns("source", "phrase", "captions")
     own = [(source, phrase, texts) for source, phrase, texts in told if phrase and source != "composed"]
-    captions: dict[str, Counter[str]] = {
-        phrase: Counter() for phrase in well_known((source, phrase) for source, phrase, _ in own)
-    }
-    for _, phrase, texts in own:
-        if phrase in captions:
+    known = well_known((source, phrase) for source, phrase, _ in own)
+    sources: dict[str, set[str]] = {phrase: set() for phrase in known}
+    captions: dict[str, Counter[str]] = {phrase: Counter() for phrase in known}
+    for source, phrase, texts in own:
+        if phrase in sources:
+            sources[phrase].add(source)
             captions[phrase].update(texts or [])
-    return {phrase: [text for text, _ in counts.most_common()] for phrase, counts in captions.items()}
+    return {
+        phrase: (len(sources[phrase]), [text for text, _ in captions[phrase].most_common()])
+        for phrase in known
+    }
 
 
 def contact_sheet(dataset: ShardDataset, indices: list[int], columns: int = 8) -> Image.Image:
