@@ -340,5 +340,5 @@ def test_a_million_rows_stream_through_rows_jobs_and_groups(tmp_path):
 
 
 def test_rows_stream(tmp_path):
-    few, many = stream(tmp_path, 1000), stream(tmp_path, 8000)
-    assert (many - few) / 7000 < 64  # bytes a row; a list of rows takes ten times that
+    few, many = stream(tmp_path, 1000), stream(tmp_path, 30_000)
+    assert (many - few) / 29_000 < 64  # bytes a row; a list of rows takes ten times that
