@@ -86,6 +86,7 @@ class Tab(RunTab):
         """The prompts that are flagged, as the manifest will have them; ValueError for too much work, one or all."""
         engine, safety = self.lane.models.engine(settings["model"]), self.lane.models.first.safety
         usual = {"negative_prompt": "", **engine.pipe.settings()}
+        worn = () if settings["adapter"] == NONE else (settings["adapter"],)
         own, work = engine.check_work(*(usual[name] for name in ("height", "width", "steps"))), 0
         flagged = []
         for job in jobs.Run(int(settings["seed"]), usual, {}, {}, check=engine.pipe.settings).jobs(rows):
@@ -95,7 +96,7 @@ class Tab(RunTab):
                 work += engine.check_work(*(job.settings[name] for name in ("height", "width", "steps")))
             except ValueError as error:
                 raise ValueError(f"row {job.id}: {error}") from error
-            if safety.check(f"{job.prompt}\n{engine.pipe.read_as(job.prompt)}"):
+            if safety.check(f"{job.prompt}\n{engine.pipe.read_as(job.prompt, worn)}"):
                 flagged.append(job.prompt)
         if work * int(settings["repeats"]) > MOST * own:
             raise ValueError(

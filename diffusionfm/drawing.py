@@ -33,7 +33,7 @@ from diffusionfm.edit import Start, cells, start_from
 from diffusionfm.images import on_background
 from diffusionfm.inputs import Source
 from diffusionfm.lora import merge_few_step
-from diffusionfm.phrasebook import Phrasebook
+from diffusionfm.phrasebook import Phrasebook, quoted
 from diffusionfm.text import encode_prompts, truncated_words
 from diffusionfm.vocabulary import FILE, Vocabulary
 
@@ -419,8 +419,9 @@ class Painter:
         otherwise = {}
         for prompt in dict.fromkeys(task.prompt for task in tasks):
             read = self.read_as(prompt, loras)
-            if read not in (prompt, prompt.strip()[1:-1]):
+            if read != prompt:
                 otherwise[prompt] = read
+            if read != prompt and not quoted(prompt):
                 found.append(
                     f'drawn as "{_ends(read)}", the nearest that the model knows: put the prompt in double quotes '
                     "to keep your own words"

@@ -38,10 +38,12 @@ OTHERS = 4  # captions of a phrase, beside itself, that tell what it means
 
 _COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
 _STYLED = re.compile(r"^(an? (?:[\w-]+ ){0,4}(?:emoji|icon|clip art|sticker) of )", re.I)
-_GROUND = re.compile(rf"( on an? (?:{_COLOR}) background)$", re.I)
+_GROUND = re.compile(r"( on an? (?:[\w-]+ ){1,2}background)$", re.I)
+_QUOTED = re.compile(r'^["“]([^"“”]*[^\s"“”][^"“”]*)["”]$')
 _JOINED = re.compile(r"( and | (?:to the )?(?:left|right) of | (?:above|below|over|under) )", re.I)
 _THING = re.compile(rf"^(?:(an?|the|{'|'.join(NUMBERS)}) )?((?:(?:{_COLOR}) )*)(.+)$", re.I)
-SHORT = 3  # words a thing has at most where several stand together; longer ones are one description
+SHORT = 3  # words a thing has at most where several are joined by "and"; longer ones are one description
+PARTS = 8  # things of a prompt that are looked up at most: longer lists stay as they are
 _STRUCTURE = {
     word for text in (*COLORS, *STYLES, *NUMBERS, "left right background") for word in words_in(text)
 }
@@ -65,6 +67,8 @@ class Phrasebook:
     ):
         if signs.dtype != np.uint8 or signs.shape != (len(phrases), spread.size // 8) or not len(phrases):
             raise ValueError("a phrasebook needs a row of signs for each of its phrases: make it anew")
+        if not np.isfinite(spread).all() or not spread.any():
+            raise ValueError("a phrasebook needs phrases that mean different things: give it more of them")
         if sources.shape != (len(phrases),) or not sources.all():
             raise ValueError("a phrasebook needs how many sources draw each of its phrases: make it anew")
         self.phrases, self.signs, self.spread, self.sources = list(phrases), signs, spread, sources
@@ -121,14 +125,14 @@ class Phrasebook:
     def _read_as(self, prompt: str) -> str:
         """The prompt with slips of spelling mended, and each thing with a strange word in the nearest phrase's words.
 
-        Style, ground, colours, numbers and places stay as they are. A prompt without strange words, or nothing near,
-        comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes comes back
-        without them. Safe to call from any thread.
+        Style, ground, places, and a colour or number before a thing stay as they are. A prompt with no strange word, or
+        nothing near, comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes
+        comes back without them. Safe to call from any thread.
         """
         text = " ".join(prompt.split())
-        if len(text) > 2 and text[0] == text[-1] == '"':
-            return text[1:-1]
-        style, core, ground = "", text, ""
+        if within := quoted(text):
+            return within
+        style, core, ground = "", text.rstrip(".!"), ""
         if styled := _STYLED.match(core):
             style, core = styled[1], core[styled.end() :]
         if grounded := _GROUND.search(core):
@@ -136,7 +140,10 @@ class Phrasebook:
         if not self.strange(core) or "flag of" in core.lower():
             return prompt
         parts = _JOINED.split(core)
-        if any(len(words_in(_THING.sub(r"\3", part))) > SHORT for part in parts[::2]):
+        if len(parts) > 2 * PARTS:
+            return prompt
+        loose = all(joint.lower() == " and " for joint in parts[1::2])
+        if loose and any(len(words_in(_THING.sub(r"\3", part))) > SHORT for part in parts[::2]):
             parts = [core]
         known = [part if k % 2 else self._known(part) for k, part in enumerate(parts)]
         return prompt if known == parts else f"{style}{''.join(known)}{ground}"
@@ -144,14 +151,16 @@ class Phrasebook:
     def _known(self, thing: str) -> str:
         """A thing in words of the book: "two red puppies" -> "two red dogs", "a pizzza" -> "a pizza"."""
         strange = self.strange(thing)
-        if not strange:
+        if not strange or not thing.isascii() or re.search(r"\d", thing):
             return thing
         spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 else None
         if spelled is None:
             many, colors, name = _THING.match(thing).groups()  # type: ignore[union-attr]
             if nearest := self.nearest(name):
-                counted = (many or "").lower() in NUMBERS[1:]
-                return f"{many} {colors}{plural(nearest)}" if counted else article(f"{colors}{nearest}")
+                if (many or "").lower() not in NUMBERS[1:]:
+                    return article(f"{colors}{nearest}")
+                head = re.search(r" (of|with|in|on) ", nearest) is None and article(nearest) != nearest
+                return f"{many} {colors}{plural(nearest)}" if head else thing
             spelled = self._spelled(strange[0], ALIKE) if len(strange) == 1 else None
         return re.sub(rf"\b{re.escape(strange[0])}\b", spelled, thing, flags=re.I) if spelled else thing
 
@@ -167,10 +176,16 @@ class Phrasebook:
         spread = self.spread.astype(np.float32)
         asked = _features([article(text)])[0].numpy()
         likeness = (np.unpackbits(self.signs, axis=1) * 2.0 - 1) @ (asked * spread) / np.linalg.norm(spread)
-        if likeness.max() < LEAST:
+        if not likeness.max() >= LEAST:
             return None
         worth = np.where(likeness >= LEAST, likeness + DRAWN * np.log(self.sources), -np.inf)
         return self.phrases[int(worth.argmax())]
+
+
+def quoted(prompt: str) -> str:
+    """What stands within the double quotes around a whole prompt; "" where it has none."""
+    found = _QUOTED.match(prompt.strip())
+    return found[1].strip() if found else ""
 
 
 def _others(phrase: str, captions: Iterable[str]) -> list[str]:

@@ -60,7 +60,10 @@ def reading(tiny_model, book, tmp_path):
         ("a locomotive for pulling wagons on rails", "a train"),
         ("a pizzza", "a pizza"),
         ("a red  gitar", "a red guitar"),
-        ('"a puppy"', "a puppy"),
+        ('"a  puppy"', "a puppy"),
+        ("“a puppy”", "a puppy"),
+        ("a puppy on a crimson background.", "a dog on a crimson background"),
+        ("a puppy above a locomotive for pulling wagons on rails", "a dog above a train"),
     ],
 )
 def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
@@ -74,6 +77,11 @@ def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
         "a smiling ghost above a purple tree",
         "a flag of zanzibar",
         "xqzt blorf",
+        "2 puppies",
+        "犬",
+        '" "',
+        '"a puppy" and a "ghost"',
+        " and ".join(["a puppy"] * 9),
         "Ein roter Apfel",
         "",
         '"',
@@ -81,6 +89,11 @@ def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
 )
 def test_what_is_known_or_near_nothing_stays_as_it_is(book, prompt):
     assert book.read_as(prompt) == prompt
+
+
+def test_a_book_that_tells_nothing_apart_is_refused():
+    with pytest.raises(ValueError, match="mean different things"):
+        Phrasebook.of({"dog": (3, [])})
 
 
 def test_of_two_near_phrases_the_one_that_many_draw():
@@ -117,7 +130,7 @@ def test_a_drawing_is_that_of_the_phrase_and_tells_so(reading):
     assert "read_as" not in meant.told[0]
     (said,) = drawn.warnings
     assert said.startswith('drawn as "a dog"') and meant.warnings == []
-    assert reading('"a puppy"', **given).warnings == []
+    assert reading('"a  puppy"', **given).warnings == []
     with Engine(reading) as engine:
         there = engine.submit(Request("a puppy", seed=3, steps=2)).result(60)
     difference = np.abs(np.asarray(there.images[0], int) - np.asarray(meant.images[0], int)).max()

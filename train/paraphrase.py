@@ -121,6 +121,7 @@ def save(cfg: ParaphraseConfig, run: Path) -> None:
     """RUN/pipeline: the model's folder with the averaged text encoder."""
     pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
     source = Path(pipe.config["_name_or_path"])
+    pipe.phrasebook = None  # the words that it holds for strange are those that were taught
     pipe.text_encoder, _ = load_text(run / "text_encoder", source / "tokenizer")
     pipe.to(torch.float16)
     if (source / FEW_STEP).is_dir():

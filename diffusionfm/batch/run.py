@@ -190,6 +190,8 @@ class Batch:
     def _sample(self, drawn: Drawn) -> Sample:
         job, (width, height) = drawn.job, drawn.size
         told = {"id": job.id, "repeat": job.repeat, "seed": job.seed, **job.settings, **self.run.made_by}
+        if (read := self.pipe.read_as(job.prompt, self.pipe.loras)) != job.prompt:
+            told["read_as"] = read
         told |= {"width": width, "height": height, "sha256": hashlib.sha256(drawn.data).hexdigest()}
         return Sample(job.stem, self.finish.suffix, drawn.data, job.prompt, told)
 

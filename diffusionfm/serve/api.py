@@ -177,7 +177,8 @@ class Service:
     async def _draw(self, request: Request, engine: Engine, asked: Asked, turn: str) -> Pictures | None:
         """The pictures; None once the client has hung up. Raises Refusal for all that the engine refuses."""
         with _refusing():
-            future = asyncio.wrap_future(engine.submit(asked.request, turn))
+            # in a thread, for to look up strange words takes a while
+            future = asyncio.wrap_future(await asyncio.to_thread(engine.submit, asked.request, turn))
         gone = asyncio.ensure_future(_hung_up(request))
         try:
             either: set[asyncio.Future[Any]] = {future, gone}

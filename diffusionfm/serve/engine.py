@@ -285,7 +285,7 @@ class Engine:
         self._served[group] = self.counts.calls + 1
         self._fields = {one: known for one, known in self._fields.items() if one in groups}
         self._words = {one[2]: self._words.get(one[2], {}) for one in groups}
-        wanted = {""} | {text for p in pictures for text in (p.task.prompt, p.task.negative)}
+        wanted = {""} | {text for p in pictures for text in (p.task.read or p.task.prompt, p.task.negative)}
         for words in self._words.values():
             for prompt in set(words) - wanted:
                 del words[prompt]
