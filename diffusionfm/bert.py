@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Bert(nn.Module):
@@ -83,3 +84,12 @@ class BertOutput(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(x) + before)
+
+
+class Unset(TorchFunctionMode):
+    """Weights that a file will fill are not initialised: it takes time, and for normal_ PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))

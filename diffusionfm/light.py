@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from diffusionfm.autoencoder import AutoencoderNetwork
-from diffusionfm.bert import Bert
+from diffusionfm.bert import Bert, Unset
 from diffusionfm.checks import WEIGHTS, check_model, read_json
 from diffusionfm.devices import default_dtype, parse_dtype
 from diffusionfm.drawing import Painter
@@ -60,7 +59,7 @@ def _filled(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module
     """The network of config.json with every weight from the file; ValueError, one line, where they do not fit."""
     config = {key: value for key, value in read_json(folder / "config.json").items() if key[0] != "_"}
     try:
-        with torch.device("meta"), _Unset():
+        with torch.device("meta"), Unset():
             network = cls(**config)
         weights = load_file(folder / WEIGHTS[folder.name])
         network.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
@@ -70,15 +69,6 @@ def _filled(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module
             f"{folder} does not load ({reason}): its config.json and weights do not fit together"
         ) from error
     return network.requires_grad_(False)
-
-
-class _Unset(TorchFunctionMode):
-    """Weights that a file will fill are not initialised: it takes time, and for normal_ PyTorch's compiler."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class Words:

@@ -24,7 +24,7 @@ class SentenceTeacher(nn.Module):
         from safetensors.torch import load_file
         from tokenizers import Tokenizer
 
-        from diffusionfm.bert import Bert
+        from diffusionfm.bert import Bert, Unset
         from diffusionfm.checks import read_json
 
         spec = find_spec(PACKAGE)
@@ -37,7 +37,7 @@ class SentenceTeacher(nn.Module):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(LONGEST)
         self.tokenizer.enable_padding(pad_id=config["pad_token_id"])
-        with torch.device("meta"):
+        with torch.device("meta"), Unset():
             self.model = Bert(**config)
         weights = load_file(folder / "model.safetensors")
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()}, assign=True)
