@@ -7,6 +7,7 @@ text can tell which caption is nearest (compare prompt expansion in Fooocus; her
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # In a model's folder: a phrase a line, and what the sentence encoder makes of each.
 FILES = ("phrases.txt", "phrases.safetensors")
 MOST = 2**20  # bytes that are read of one
+RULES = 1  # one more whenever a change makes the same book read otherwise
 COMMON = 2000  # the words of most pictures' captions: a model knows these whether a phrase has them or not
 SLIP = 0.87  # likeness of spelling, as difflib has it, at which a word is taken for a slip before it is looked up
 LEAST = 0.35  # cosine below which no phrase is near
@@ -40,8 +42,21 @@ _COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
 _STYLED = re.compile(r"^(an? (?:[\w-]+ ){0,4}(?:emoji|icon|clip art|sticker) of )", re.I)
 _GROUND = re.compile(r"( on an? (?:[\w-]+ ){1,2}background)$", re.I)
 _QUOTED = re.compile(r'^["“]([^"“”]*[^\s"“”][^"“”]*)["”]$')
-_JOINED = re.compile(r"( and | (?:to the )?(?:left|right) of | (?:above|below|over|under) )", re.I)
+_PLACES = "(?:to the )?(?:left|right) of|above|below"
+_JOINED = re.compile(rf"( and | (?:{_PLACES}|over|under) )", re.I)
+_JOINED_TOLD = re.compile(rf"( and | (?:{_PLACES}) )", re.I)  # who jumps over a fence is not above it
 _THING = re.compile(rf"^(?:(an?|the|{'|'.join(NUMBERS)}) )?((?:(?:{_COLOR}) )*)(.+)$", re.I)
+_HEADS = """
+animal bird building creature device drink food fruit garment insect instrument machine man person place plant
+someone something somewhere thing tool toy vegetable vehicle woman
+"""
+_TOLD = re.compile(  # "a sweet food that ..."; "what falls ...", though not "what a cat"
+    rf"(?:(?:(?:an?|some|the) )?(?:[\w-]+ ){{0,3}}(?:{'|'.join(_HEADS.split())})s? (?:[\w,-]+ ){{0,4}}"
+    r"(?:that|which|who|whose|where|you|used (?:to|for|by|in|as))|what (?!an? |is |are ))\b(?!-)",
+    re.I,
+)
+_PLANTS = {"lavender", "mint", "navy", "peach"}  # and ships, rather than colours, amid other words
+_WITHIN = re.compile(rf"\b({'|'.join(color for color in COLORS if color not in _PLANTS)}) ", re.I)
 SHORT = 3  # words a thing has at most where several are joined by "and"; longer ones are one description
 PARTS = 8  # things of a prompt that are looked up at most: longer lists stay as they are
 _STRUCTURE = {
@@ -71,7 +86,12 @@ class Phrasebook:
             raise ValueError("a phrasebook needs phrases that mean different things: give it more of them")
         if sources.shape != (len(phrases),) or not sources.all():
             raise ValueError("a phrasebook needs how many sources draw each of its phrases: make it anew")
+        if list(phrases) != sorted(set(phrases)):
+            raise ValueError(
+                "a phrasebook has its phrases in the order of the alphabet, each once: make it anew"
+            )
         self.phrases, self.signs, self.spread, self.sources = list(phrases), signs, spread, sources
+        self._phrases = {*phrases}
         known = dict.fromkeys(
             [*common, *(word for text in phrases for word in words_in(text)), *sorted(_STRUCTURE)]
         )
@@ -118,6 +138,13 @@ class Phrasebook:
         numbers = {"signs": self.signs, "spread": self.spread, "sources": self.sources}
         return {FILES[0]: "\n".join([*self.phrases, ""]).encode(), FILES[1]: save(numbers)}
 
+    @property
+    def digest(self) -> str:
+        """12 hex digits of the SHA-256 over its files, words and rules: which book reads."""
+        return hashlib.sha256(
+            b"\n".join([b"%d" % RULES, *self.files().values(), *map(str.encode, self._spellings)])
+        ).hexdigest()[:12]
+
     def strange(self, text: str) -> list[str]:
         """Its words that no phrase of the book has in any form; small words, colours, numbers and styles are none."""
         return [word for word in words_in(text) if not forms(word) & self.words]
@@ -125,38 +152,52 @@ class Phrasebook:
     def _read_as(self, prompt: str) -> str:
         """The prompt with slips of spelling mended, and each thing with a strange word in the nearest phrase's words.
 
-        Style, ground, places, and a colour or number before a thing stay as they are. A prompt with no strange word, or
-        nothing near, comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes
-        comes back without them. Safe to call from any thread.
+        So is a thing told by what it does ("something that you sit on"), however well its words are known. Style,
+        ground, places, and a colour or number before a thing stay as they are. A prompt with neither, or nothing near,
+        comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes comes back
+        without them. Safe to call from any thread.
         """
         text = " ".join(prompt.split())
         if within := quoted(text):
             return within
-        style, core, ground = "", text.rstrip(".!"), ""
+        style, core, ground = "", text.rstrip(".!").replace("’", "'"), ""
         if styled := _STYLED.match(core):
             style, core = styled[1], core[styled.end() :]
         if grounded := _GROUND.search(core):
             core, ground = core[: grounded.start()], grounded[1]
-        if not self.strange(core) or "flag of" in core.lower():
+        if not (self.strange(core) or self._told(core)) or "flag of" in core.lower():
             return prompt
-        parts = _JOINED.split(core)
+        parts = self._parts(core)
         if len(parts) > 2 * PARTS:
             return prompt
-        loose = all(joint.lower() == " and " for joint in parts[1::2])
-        if loose and any(len(words_in(_THING.sub(r"\3", part))) > SHORT for part in parts[::2]):
-            parts = [core]
         known = [part if k % 2 else self._known(part) for k, part in enumerate(parts)]
         return prompt if known == parts else f"{style}{''.join(known)}{ground}"
 
+    def _parts(self, core: str) -> list[str]:
+        """Things and what joins them, in turn. Where only "and" does, long things may be one: "purrs and sleeps"."""
+        parts = (_JOINED_TOLD if self._told(core) else _JOINED).split(core)
+        if any(joint.lower() != " and " for joint in parts[1::2]):
+            return parts
+        found = [_THING.match(part) for part in parts[::2]]
+        long = any(match is None or len(words_in(match[3])) > SHORT for match in found)
+        apart = all(match and (match[1] or self._told(match[0])) for match in found[1:])
+        return [core] if long and not apart else parts
+
+    def _told(self, text: str) -> bool:
+        """Whether a text, no phrase of the book, tells of a thing by what it does: "something that you sit on"."""
+        return bool(_TOLD.match(text)) and _THING.sub(r"\3", text).lower() not in self._phrases
+
     def _known(self, thing: str) -> str:
         """A thing in words of the book: "two red puppies" -> "two red dogs", "a pizzza" -> "a pizza"."""
-        strange = self.strange(thing)
-        if not strange or not thing.isascii() or re.search(r"\d", thing):
+        strange, told = self.strange(thing), self._told(thing)
+        if not (strange or told) or not thing.isascii() or re.search(r"\d", thing):
             return thing
-        spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 else None
+        spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 and not told else None
         if spelled is None:
             many, colors, name = _THING.match(thing).groups()  # type: ignore[union-attr]
-            if nearest := self.nearest(name):
+            within = [] if told else _colors_within(name)
+            if nearest := self.nearest(name) or (self.nearest(_WITHIN.sub("", name)) if within else None):
+                colors += "".join(f"{color} " for color in within if f" {color} " not in f" {nearest} ")
                 if (many or "").lower() not in NUMBERS[1:]:
                     return article(f"{colors}{nearest}")
                 head = re.search(r" (of|with|in|on) ", nearest) is None and article(nearest) != nearest
@@ -180,6 +221,13 @@ class Phrasebook:
             return None
         worth = np.where(likeness >= LEAST, likeness + DRAWN * np.log(self.sources), -np.inf)
         return self.phrases[int(worth.argmax())]
+
+
+def _colors_within(name: str) -> list[str]:
+    """Colours amid a thing's other adjectives, which the nearest phrase may lose: of "tiny red locomotive" red."""
+    words = words_in(name)
+    short = len(words) <= SHORT + 1 and not SMALL_WORDS & {*words}
+    return [color.lower() for color in _WITHIN.findall(name)] if short else []
 
 
 def quoted(prompt: str) -> str:
