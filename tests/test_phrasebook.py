@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from serving import Running
 
+from diffusionfm.batch.draw import draw_remotely
+from diffusionfm.batch.options import Options
 from diffusionfm.checks import SHIPPED
 from diffusionfm.cli import main
 from diffusionfm.data.shards import ShardWriter
@@ -23,7 +25,9 @@ from diffusionfm.serve.engine import Engine
 from diffusionfm.serve.jobs import Request
 from diffusionfm.serve.safety import Safety
 from diffusionfm.vocabulary import Vocabulary, well_known
+from tests.batch_toys import make, records_of
 
+COMMON = ["smiling", "instrument", "animal"]
 TOLD = {
     "dog": ["a dog", "dog", "a sticker of a dog", "dog, pet, animal, puppy", "a domesticated canine"],
     "ghost": ["a ghost", "a spirit that haunts"],
@@ -35,7 +39,10 @@ TOLD = {
 
 @pytest.fixture(scope="module")
 def book() -> Phrasebook:
-    return Phrasebook.of({phrase: (3, captions) for phrase, captions in TOLD.items()}, common=["smiling"])
+    return Phrasebook.of(
+        {phrase: (3, captions) for phrase, captions in TOLD.items()},
+        common=COMMON,
+    )
 
 
 @pytest.fixture
@@ -64,6 +71,9 @@ def reading(tiny_model, book, tmp_path):
         ("“a puppy”", "a puppy"),
         ("a puppy on a crimson background.", "a dog on a crimson background"),
         ("a puppy above a locomotive for pulling wagons on rails", "a dog above a train"),
+        ("a tiny red puppy", "a red dog"),
+        ("an instrument that guitars are", "a guitar"),
+        ("an animal that’s a dog and a smiling ghost", "a dog and a smiling ghost"),
     ],
 )
 def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
@@ -82,6 +92,11 @@ def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
         '" "',
         '"a puppy" and a "ghost"',
         " and ".join(["a puppy"] * 9),
+        "could you draw two red dogs",
+        "what a red crown",
+        "a dog that is blue and a ghost that is green",
+        "three dogs that are red and green",
+        "an animal-that-you pizza tree",
         "Ein roter Apfel",
         "",
         '"',
@@ -108,11 +123,17 @@ def test_it_is_the_same_from_its_files_and_bad_files_are_told(book, tmp_path):
     assert Phrasebook.read(tmp_path) is None
     for name, data in book.files().items():
         (tmp_path / name).write_bytes(data)
-    again = Phrasebook.read(tmp_path, ["smiling"])
+    again = Phrasebook.read(tmp_path, COMMON)
     assert again is not None and again.phrases == book.phrases and again.words == book.words
     assert np.array_equal(again.signs, book.signs) and again.read_as("a puppy") == "a dog"
     text, numbers = (tmp_path / name for name in FILES)
-    for file, data in ((text, b"dog\n"), (numbers, b"x" * 100), (numbers, b"x" * (2**20 + 1))):
+    turned = "\n".join([*reversed(book.phrases), ""]).encode()
+    for file, data in (
+        (text, b"dog\n"),
+        (text, turned),
+        (numbers, b"x" * 100),
+        (numbers, b"x" * (2**20 + 1)),
+    ):
         kept = file.read_bytes()
         file.write_bytes(data)
         with pytest.raises(ValueError, match="does not fit|over 1 MiB") as caught:
@@ -166,6 +187,24 @@ def test_the_api_tells_the_revised_prompt(reading):
     puppy, dog = (answer["data"][0] for answer in answers)
     assert puppy["revised_prompt"] == "a dog" and "revised_prompt" not in dog
     assert 'drawn as "a dog"' in answers[0]["warnings"][0]
+
+
+def test_a_batch_records_what_it_reads_and_by_which_book(reading, tmp_path):
+    rows, how = ["a puppy", "a dog", {"prompt": "a phantom", "steps": 0}], {"steps": 1, "guidance": 1.0}
+    summary = make(rows, reading, tmp_path / "out", **how)
+    found = {record["prompt"]: record["read_as"] for record in records_of(tmp_path / "out")}
+    assert found == {"a puppy": "a dog", "a dog": None, "a phantom": None}
+    assert '1 drawn in words that the model knows, such as: "a puppy" as "a dog"' in summary.text()
+    kept = make(['"a puppy"'], reading, tmp_path / "kept", **how)
+    assert kept.otherwise == 0 and records_of(tmp_path / "kept")[0]["read_as"] == "a puppy"
+    reading.phrasebook = Phrasebook.of({phrase: (3, []) for phrase in TOLD})
+    with pytest.raises(ValueError, match="already holds row .* with phrasebook '"):
+        make(rows, reading, tmp_path / "out", **how)
+    run = Options(steps=1, engine="ray").run(reading)
+    with pytest.raises(
+        ValueError, match="has another phrasebook on this machine: copy the same folder to all"
+    ):
+        draw_remotely(Options(steps=1, engine="ray").recipe(reading, run), [])
 
 
 def test_generate_says_what_it_draws(reading, tmp_path, capsys):

@@ -30,10 +30,10 @@ class Advice:
         words = [word[:WORD] for _, unknown in found for word in unknown]
         if words:
             self.unknown += 1
-            _keep(self.words, words)
+            keep(self.words, words)
         if any(lost for lost, _ in found):
             self.cut += 1
-            _keep(self.rows, [job.id])
+            keep(self.rows, [job.id])
 
     def lines(self) -> list[str]:
         """As text; none where there is nothing to say."""
@@ -47,6 +47,6 @@ class Advice:
         return said
 
 
-def _keep(kept: list[str], new: list[str]) -> None:
+def keep(kept: list[str], new: list[str]) -> None:
     """Add what is new to the few that are kept, while there is room."""
     kept += [one for one in dict.fromkeys(new) if one not in kept][: SHOWN - len(kept)]

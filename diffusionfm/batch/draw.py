@@ -29,8 +29,8 @@ WORDS = 1024  # prompts whose features are kept, or what the model cannot read o
 class Drawn:
     """What became of a job: a picture, then the bytes of its file and its size in pixels; or why there is none.
 
-    told: what the file may say of how it was made. kind: of the failure: "row" (it asks for what cannot be), "numbers"
-    (not finite), "memory" or "drawing".
+    told: what the file may say of how it was made. read: what was drawn in the place of the prompt, None for itself.
+    kind: of the failure: "row" (it asks for what cannot be), "numbers" (not finite), "memory" or "drawing".
     seconds: of its network call; share: the same by the pictures in that call.
     """
 
@@ -39,6 +39,7 @@ class Drawn:
     share: float = 0.0
     image: Image.Image | None = None
     told: dict[str, Any] = field(default_factory=dict)
+    read: str | None = None
     data: bytes = b""
     size: tuple[int, int] = (0, 0)
     error: str | None = None
@@ -102,7 +103,7 @@ class Drawer:
         seconds = time.monotonic() - began
         share = seconds / len(jobs)
         drawn = zip(jobs, found.images, found.told, strict=True)
-        return [Drawn(job, seconds, share, image, told) for job, image, told in drawn]
+        return [Drawn(job, seconds, share, image, told, told.get("read_as")) for job, image, told in drawn]
 
     def lost(self, jobs: list[Job], why: str) -> tuple[list[list[Job]], list[list[Drawn]]]:
         """What is to be done for a group that kills its workers, its halves; or of a picture alone the failure."""
@@ -183,6 +184,7 @@ class Recipe:
     device: str
     hash: str
     lora_hashes: tuple[str, ...]
+    phrasebook: str | None
     fast: bool
     threads: int | None  # None: as the worker has them
     finish: Finish
@@ -206,7 +208,7 @@ def recipe(
     loras = tuple((str(pipe.lora_sources[name].resolve()), scale) for name, scale in pipe.loras.items())
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     where = (str(Path(folder).resolve()), loras, dtype, pipe.device.type)
-    hashes = made["model_hash"], tuple(made["lora_hashes"])
+    hashes = made["model_hash"], tuple(made["lora_hashes"]), made.get("phrasebook")
     threads = torch.get_num_threads() if deterministic else None
     return Recipe(*where, *hashes, pipe.fast, threads, finish, metadata)
 
@@ -224,6 +226,8 @@ def _load(how: Recipe) -> Drawer:
     found = made_by(pipe)
     if found["model_hash"] != how.hash:
         raise ValueError(f"{how.model} is another model on this machine: copy the same folder to all")
+    if found.get("phrasebook") != how.phrasebook:
+        raise ValueError(f"{how.model} has another phrasebook on this machine: copy the same folder to all")
     for (folder, _), here, there in zip(how.loras, found["lora_hashes"], how.lora_hashes, strict=True):
         if here != there:
             raise ValueError(f"{folder} is another LoRA on this machine: copy the same to all")

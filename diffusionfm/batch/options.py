@@ -130,12 +130,14 @@ class Options:
 
 
 def made_by(pipe: DiffusionFMPipeline) -> dict[str, Any]:
-    """Which weights draw: the model's name and hash; name:scale, and the files' hash, of each LoRA."""
+    """Which weights draw: the model's name and hash, and of LoRAs name:scale and files' hash, or the phrasebook's."""
+    book = None if pipe.loras else pipe.phrasebook
     return {
         "model": pipe.model_name,
         "model_hash": pipe.fingerprint(),
         "lora": [f"{name}:{scale:g}" for name, scale in pipe.loras.items()],
         "lora_hashes": [_lora_hash(pipe.lora_sources[name]) for name in pipe.loras],
+        **({"phrasebook": book.digest} if book else {}),
     }
 
 

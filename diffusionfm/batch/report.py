@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionfm.batch.advice import Advice
+from diffusionfm.batch.advice import WORD, Advice, keep
 from diffusionfm.images import contact_sheet, fitted, in_common, save_png, write_atomic
 
 REPORT = "report.json"
@@ -36,6 +36,7 @@ class Summary:
     kind.
     seconds: of this run after the model was loaded (load_seconds). latencies: seconds of the network call of each
     picture. peak_memory: bytes of this process; peak_gpu_memory: of its GPU, None without one. advice: of all rows.
+    otherwise: pictures made now that were drawn in other words than their row's; readings: some of both.
     """
 
     made: int = 0
@@ -47,7 +48,14 @@ class Summary:
     peak_memory: int = 0
     peak_gpu_memory: int | None = None
     advice: Advice = field(default_factory=Advice)
+    otherwise: int = 0
+    readings: list[str] = field(default_factory=list)
     latencies: array[float] = field(default_factory=lambda: array("f"), repr=False)
+
+    def read(self, prompt: str, read: str) -> None:
+        """Add a picture that was drawn in other words than its prompt's."""
+        self.otherwise += 1
+        keep(self.readings, [f'"{prompt[:WORD]}" as "{read[:WORD]}"'])
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
@@ -78,7 +86,11 @@ class Summary:
         lines.append(memory)
         if self.failures:
             lines.append("failed: " + ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.failures.items())))
-        return "\n".join(lines + self.advice.lines())
+        lines += self.advice.lines()
+        if self.otherwise:
+            told = ", ".join(self.readings)
+            lines.append(f"{self.otherwise:,} drawn in words that the model knows, such as: {told}")
+        return "\n".join(lines)
 
     def write(self, out: Path, failures: Counter[str]) -> None:
         """Complete the summary, and write it to DIR/report.json."""

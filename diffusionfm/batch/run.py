@@ -25,6 +25,7 @@ from diffusionfm.batch.plan import Plan
 from diffusionfm.batch.report import SHEETS, Summary, write_sheets
 from diffusionfm.batch.rows import Rows, Source
 from diffusionfm.batch.stores import Sample, open_store
+from diffusionfm.phrasebook import quoted
 
 if TYPE_CHECKING:
     from diffusionfm.pipeline import DiffusionFMPipeline
@@ -190,14 +191,16 @@ class Batch:
     def _sample(self, drawn: Drawn) -> Sample:
         job, (width, height) = drawn.job, drawn.size
         told = {"id": job.id, "repeat": job.repeat, "seed": job.seed, **job.settings, **self.run.made_by}
-        if (read := self.pipe.read_as(job.prompt, self.pipe.loras)) != job.prompt:
-            told["read_as"] = read
+        if drawn.read is not None:
+            told["read_as"] = drawn.read
         told |= {"width": width, "height": height, "sha256": hashlib.sha256(drawn.data).hexdigest()}
         return Sample(job.stem, self.finish.suffix, drawn.data, job.prompt, told)
 
     def _count(self, drawn: Iterable[Drawn]) -> None:
         for one in drawn:
             if one.error is None:
+                if one.read is not None and not quoted(one.job.prompt):
+                    self.summary.read(one.job.prompt, one.read)
                 self.summary.made += 1
                 self.summary.latencies.append(one.seconds)
             else:
@@ -212,6 +215,7 @@ def _record(drawn: Drawn, run: Run, place: dict[str, str]) -> dict[str, Any]:
         "id": job.id,
         "repeat": job.repeat,
         "prompt": job.prompt if done else _told(job.prompt),
+        "read_as": drawn.read,
         "seed": job.seed if done else _told(job.seed),
         "status": "ok" if done else "failed",
         "error": drawn.error,

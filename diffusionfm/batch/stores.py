@@ -277,7 +277,7 @@ def _schema() -> Any:
 
     kinds: dict[str, Any] = dict.fromkeys(("seed", "width", "height", "steps", "repeat"), pyarrow.int64())
     kinds["guidance"] = pyarrow.float64()
-    names = ["key", "id", "repeat", "prompt", "negative_prompt", "seed", "steps", "guidance"]
+    names = ["key", "id", "repeat", "prompt", "read_as", "negative_prompt", "seed", "steps", "guidance"]
     names += ["width", "height", "model", "model_hash", "sha256"]
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     features = {"image": {"_type": "Image"}} | {
