@@ -55,7 +55,7 @@ def check(out: Path, count: int) -> list[dict]:
     for record in done:
         name = f"{record['file']}/{record['member']}" if "member" in record else record["file"]
         assert hashlib.sha256(found.pop(name)).hexdigest() == record["sha256"]
-    assert not found and not list(out.glob(".diffusionfm-*")) and not list(out.glob("*.part"))
+    assert not found and not list(out.rglob(".diffusionfm-*")) and not list(out.glob("*.part"))
     return records
 
 

@@ -27,7 +27,7 @@ from diffusionfm.batch.rows import Rows
 from diffusionfm.batch.run import AHEAD
 from diffusionfm.batch.stores import FolderStore
 from diffusionfm.formats import Finish
-from diffusionfm.images import contact_sheet, read_parameters, save_png
+from diffusionfm.images import TEMPORARY, contact_sheet, read_parameters, save_png
 from diffusionfm.pipeline import DiffusionFMPipeline
 from diffusionfm.unet import DiffusionUNet
 from tests.batch_toys import PROMPTS, check, make, near, pictures, records_of
@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tiny_pipe, tmp_path):
     locked_away = tmp_path / "read-only"
     locked_away.mkdir(mode=0o555)
     out = locked_away if os.geteuid() else Path("/sys/kernel")  # root may write anywhere but there
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="Permission|Operation not permitted|No such file|Read-only"):
         make(PROMPTS, tiny_pipe, out / "out")
 
 
@@ -465,6 +465,23 @@ def test_a_sheet_holds_its_pictures_small(tmp_path, monkeypatch):
     with Image.open(sheet) as found:
         assert found.tobytes() == whole.tobytes()
     assert seen == [96] * 3
+
+
+def test_sheets_that_a_kill_left_unfinished_are_made_when_it_is_run_again(tiny_pipe, tmp_path):
+    few = {"steps": 1, "guidance": 1.0, "sheets": 2}
+    make([f"fish {k}" for k in range(101)], tiny_pipe, tmp_path, **few)
+    first, second = (tmp_path / "sheets" / f"{k}.png" for k in (1, 2))
+    kept = [path.read_bytes() for path in (first, second)]
+    half = first.with_name(f"{TEMPORARY}half.tmp")
+    half.write_bytes(kept[0][:100])  # killed while the first, which comes last, was written anew
+    first.write_bytes(b"of a run before")
+    os.utime(first, ns=(0, 0))
+    second.unlink()
+    assert make([f"fish {k}" for k in range(101)], tiny_pipe, tmp_path, **few).made == 0
+    assert [path.read_bytes() for path in (first, second)] == kept and not half.exists()
+    when = first.stat().st_mtime_ns
+    assert make([f"fish {k}" for k in range(101)], tiny_pipe, tmp_path, **few).made == 0
+    assert first.stat().st_mtime_ns == when
 
 
 def test_the_report_tells_speed_memory_and_failures(tiny_pipe, tmp_path):

@@ -153,7 +153,7 @@ def test_second_process_is_refused(tiny_pipe, tmp_path):
 
 
 TRIALS = """
-import os, random, resource, shutil, signal, sys, time
+import json, os, random, resource, shutil, signal, sys, time
 import torch
 torch.set_num_threads(1)  # and no other thread before the forks
 from diffusionfm.batch import generate_batch
@@ -166,7 +166,7 @@ rows[7]["steps"] = 0
 wide = [{"id": f"r{k}", "prompt": f"fish {k}", "width": 32 if k < 10 else 256} for k in range(12)]
 
 def go(rows, out, to):
-    few = {"steps": 1, "guidance": 1.0, "samples_per_shard": 7, "batch_size": 2, "sheets": 0}
+    few = {"steps": 1, "guidance": 1.0, "samples_per_shard": 7, "batch_size": 2, "sheets": 2}
     generate_batch(rows, pipe, out, to=to, progress=False, **few)
 
 def fork(work):
@@ -182,16 +182,28 @@ def fork(work):
 def lines(out):
     return open(out + "/manifest.jsonl", "rb").read().count(b"\\n") if os.path.exists(out + "/manifest.jsonl") else 0
 
+def finished(out):
+    # when the finished files on record were written; of shards those that are closed
+    whole = open(out + "/manifest.jsonl").read().rpartition("\\n")[0].splitlines() if lines(out) else []
+    files = {json.loads(line)["file"] for line in whole} - {None}
+    return {file: os.stat(f"{out}/{file}").st_mtime_ns for file in files if os.path.exists(f"{out}/{file}")}
+
 for to in ("folder", "webdataset", "parquet"):
-    out = f"{home}/kills-{to}"
+    out, kept = f"{home}/kills-{to}", {}
     for kill in range(20):
         before, child, deadline = lines(out), fork(lambda: go(rows, out, to)), time.monotonic() + 60
-        while lines(out) == before and time.monotonic() < deadline:
-            time.sleep(0.003)
-        time.sleep(dice.random() * 0.02)
+        if kill % 2:  # at any moment: it may still read the manifest and look through the folder
+            time.sleep(dice.random() * 0.4)
+        else:  # soon after it has recorded something
+            while lines(out) == before and time.monotonic() < deadline:
+                time.sleep(0.003)
+            time.sleep(dice.random() * 0.02)
         os.kill(child, signal.SIGKILL)
         print("kill", to, os.WIFSIGNALED(os.waitpid(child, 0)[1]), lines(out), flush=True)
+        kept |= {file: when for file, when in finished(out).items() if file not in kept}
     go(rows, out, to)
+    touched = sum(when != finished(out)[file] for file, when in kept.items())
+    print("touched", to, touched, len(kept), flush=True)
 
 for to, limit in (("folder", 20_000), ("webdataset", 60_000)):
     out = f"{home}/full-{to}"
@@ -225,7 +237,10 @@ def test_twenty_kills_and_every_picture_once(trials, to):
     counts = [int(count) for _, count in kills]
     assert len(kills) == 20 and counts == sorted(counts) and 0 < counts[0] < counts[-1]
     assert sum(killed == "True" for killed, _ in kills) >= 15  # the last may have been done before
+    ((touched, kept),) = [line[2:] for line in said if line[:2] == ["touched", to]]
+    assert touched == "0" and int(kept) > 1
     records = check(home / f"kills-{to}", 200)
+    assert [path.name for path in sorted((home / f"kills-{to}" / "sheets").iterdir())] == ["1.png", "2.png"]
     assert [r["id"] for r in records if r["status"] == "failed"] == ["r7"]
     assert {(r["id"], r["seed"]) for r in records} == {(f"r{k}", seed_of(0, f"r{k}", 0)) for k in range(200)}
     if to == "webdataset":
@@ -245,20 +260,22 @@ def test_a_disk_that_is_full_stops_the_run_and_loses_nothing(trials, to):
 @pytest.mark.slow
 def test_the_command_killed_and_resumed(tiny_model, tmp_path):
     rows, out = tmp_path / "rows.txt", tmp_path / "out"
-    rows.write_text("".join(f"a red apple {k}\n" for k in range(40)))
+    rows.write_text("".join(f"a red apple {k}\n" for k in range(400)))
     command = [sys.executable, "-m", "diffusionfm.cli", "batch", str(rows), "--out", str(out)]
     command += ["--model", str(tiny_model), "--batch-size", "2", "--steps", "20", "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and len(list(out.glob("*.png"))) < 3:
         time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process" in second.stderr
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     finished = {r["file"] for r in Manifest(out, lambda file: True).records() if r["status"] == "ok"}
     seen = state(out)
-    assert 0 < len(finished) < 40
+    assert 0 < len(finished) < 400
     assert subprocess.run(command, capture_output=True).returncode == 0
-    check(out, 40)
+    check(out, 400)
     current = state(out)
     assert all(current[name] == seen[name] for name in finished)
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
+from diffusionfm.batch.manifest import locked
 from diffusionfm.cli import build_parser, main, output_files
 from diffusionfm.images import read_parameters
 from diffusionfm.inputs import contain, open_picture
@@ -191,6 +192,23 @@ def test_batch_and_redraw(tiny_model, tmp_path, capsys):
     assert main([*again, "--model", str(tiny_model), "--device", "cpu"]) == 0
     with Image.open(tmp_path / "again.png") as one, Image.open(tmp_path / "out" / "a.png") as two:
         assert one.tobytes() == two.tobytes()
+    rows.write_text('{"id": "a", "prompt": "fish"}\n{"id": "b", "prompt": "bird"}\n')
+    again = [
+        "batch",
+        str(rows),
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        str(tiny_model),
+        "--device",
+        "cpu",
+    ]
+    capsys.readouterr()
+    assert main(again) == 1 and "0 made, 1 already there, 1 failed" in capsys.readouterr().out
+    with locked(tmp_path / "out"):
+        assert main(again) == 2 and "another process" in capsys.readouterr().err
+    assert main([*again, "--retry-failed"]) == 0
+    assert "1 made, 1 already there, 0 failed" in capsys.readouterr().out
 
 
 BAD = {

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -87,7 +88,11 @@ def test_generate_draws_another_picture_with_it(made, tiny_model, tmp_path):
         extra = ["--lora", f"{out}{scale}"] if scale else []
         assert main([*command, *extra, "-o", str(file)]) == 0
         drawn[scale] = file.read_bytes()
-    assert drawn[":0"] == drawn[""] and drawn[":4"] != drawn[""]
+    assert drawn[":0"] == drawn[""] and len({drawn[scale] for scale in ("", ":0.8", ":4")}) == 3
+    both, once = ["--lora", f"{out}:0.5", "--lora", f"{out}:0.3"], tmp_path / "both.png"
+    assert main([*command, *both, "-o", str(once)]) == 0
+    with Image.open(once) as two, Image.open(tmp_path / "scale0.8.png") as one:
+        assert np.abs(np.asarray(two, int) - np.asarray(one, int)).max() <= 1  # one LoRA twice: scales add up
 
 
 def test_the_export_draws_what_the_trained_network_draws(tiny_model, tmp_path):

@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 
 from diffusionfm.batch.advice import WORD, Advice, keep
-from diffusionfm.images import contact_sheet, fitted, in_common, save_png, write_atomic
+from diffusionfm.batch.manifest import MANIFEST
+from diffusionfm.images import TEMPORARY, contact_sheet, fitted, in_common, save_png, write_atomic
 
 REPORT = "report.json"
 PERCENTILES = (50, 90, 99)
@@ -112,9 +113,13 @@ def write_sheets(
 ) -> list[Path]:
     """Contact sheets of the first pictures on record, SHEET on each, at most `count`: DIR/sheets/1.png, 2.png, ...
 
+    The first is written last: where it is there and no older than the manifest, all are.
     describe: a picture's parameters, of its prompt, seed and settings; None leaves them out of the sheets."""
+    for leftover in (out / SHEETS).glob(f"{TEMPORARY}*.tmp"):
+        leftover.unlink()
     done = (record for record in records if record["status"] == "ok")
-    sheets = []
+    sheets: list[Path] = []
+    first: tuple[Image.Image, Path, dict[str, Any] | None] | None = None
     for number in range(1, count + 1):
         page = list(islice(done, SHEET))
         if not page:
@@ -122,11 +127,22 @@ def write_sheets(
         pictures = list(_pictures(out, page))
         labels = [record["prompt"][:200] for record in page]
         sheet = contact_sheet(pictures, labels, columns=min(10, len(pictures)), cell=CELL)
+        said = describe and in_common([describe(r["prompt"], r["seed"], r["settings"]) for r in page])
         (out / SHEETS).mkdir(exist_ok=True)
         sheets.append(out / SHEETS / f"{number}.png")
-        said = describe and in_common([describe(r["prompt"], r["seed"], r["settings"]) for r in page])
-        save_png(sheet, sheets[-1], said)
+        if number == 1:
+            first = sheet, sheets[0], said
+        else:
+            save_png(sheet, sheets[-1], said)
+    if first is not None:
+        save_png(*first)
     return sheets
+
+
+def sheets_are_old(out: Path) -> bool:
+    """Whether the sheets were not finished since the manifest was last written."""
+    first = out / SHEETS / "1.png"
+    return not first.is_file() or first.stat().st_mtime_ns < (out / MANIFEST).stat().st_mtime_ns
 
 
 def _pictures(out: Path, records: list[dict[str, Any]]) -> Iterator[Image.Image]:

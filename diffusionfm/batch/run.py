@@ -22,7 +22,7 @@ from diffusionfm.batch.jobs import Job, Run, groups
 from diffusionfm.batch.manifest import FAILED, OK, Manifest, locked
 from diffusionfm.batch.options import Options
 from diffusionfm.batch.plan import Plan
-from diffusionfm.batch.report import SHEETS, Summary, write_sheets
+from diffusionfm.batch.report import Summary, sheets_are_old, write_sheets
 from diffusionfm.batch.rows import Rows, Source
 from diffusionfm.batch.stores import Sample, open_store
 from diffusionfm.phrasebook import quoted
@@ -153,7 +153,7 @@ class Batch:
             ):
                 self._draw(writer)
             self.store.close()
-            if summary.made or not (self.out / SHEETS).exists():
+            if self.options.sheets and sheets_are_old(self.out):
                 describe = self.pipe.describe if self.options.metadata else None
                 write_sheets(self.out, self.manifest.records(), self.options.sheets, describe)
         finally:
