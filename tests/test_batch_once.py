@@ -205,7 +205,7 @@ for to in ("folder", "webdataset", "parquet"):
     touched = sum(when != finished(out)[file] for file, when in kept.items())
     print("touched", to, touched, len(kept), flush=True)
 
-for to, limit in (("folder", 20_000), ("webdataset", 60_000)):
+for to, limit in (("folder", 20_000), ("webdataset", 60_000), ("parquet", 60_000)):
     out = f"{home}/full-{to}"
 
     def full():
@@ -247,7 +247,7 @@ def test_twenty_kills_and_every_picture_once(trials, to):
         assert not verify_shards(home / "kills-webdataset")
 
 
-@pytest.mark.parametrize("to", ["folder", "webdataset"])
+@pytest.mark.parametrize("to", ENDS)
 def test_a_disk_that_is_full_stops_the_run_and_loses_nothing(trials, to):
     """No write may pass a limit, as on a full disk: what was recorded stays, what was not is not there."""
     home, said = trials

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +142,39 @@ def test_resumed_twice_equals_uninterrupted(pictures, tiny_model, tmp_path):
     assert timeless == [{k: v for k, v in x.items() if k not in CLOCKED} for x in lines(whole)]
     records = [json.loads((folder / RECORD).read_text()) for folder in (whole, out)]
     assert records[0] == records[1] and records[0]["ended"]["step"] == 6
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_weights(pictures, tiny_model, tmp_path):
+    """The recipe as people start it, killed hard in start-up, in training, while it saves, draws or validates."""
+    keys = {"data": pictures, "model": tiny_model, "rank": 2, "trainer.lr": 0.01, "trainer.device": "cpu"}
+    keys |= {"trainer.steps": 60, "trainer.checkpoint_every": 5, "trainer.validate_every": 10}
+    keys |= {"trainer.sample_every": 20, "prior": 0.5, "prior_pictures": 3}
+    config = [sys.executable, "train/finetune.py", "configs/finetune/laptop.yaml"]
+    config += [f"{key}={value}" for key, value in keys.items()]
+
+    def begin(out):
+        return subprocess.Popen([*config, f"trainer.output_dir={out}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    whole, out, dice = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    assert begin(whole).wait() == 0
+    reached = []
+    for kill in range(6):
+        process, before, deadline = begin(out), listing(out), time.monotonic() + 120
+        while process.poll() is None and listing(out) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if kill == 0 and (out / RECORD).is_file():
+                break
+        time.sleep(dice.random() * 0.3)
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        reached.append(len(lines(out)) if (out / "metrics.jsonl").is_file() else 0)
+    assert begin(out).wait() == 0
+    assert reached == sorted(reached) and 0 < reached[1] < 60
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert [line["step"] for line in lines(out)] == list(range(1, 61)) and not list(out.rglob("*.tmp"))
+    records = [json.loads((folder / RECORD).read_text()) for folder in (whole, out)]
+    assert records[0] == records[1] and records[0]["ended"]["step"] == 60
 
 
 def test_a_run_asked_for_fewer_steps_than_it_took_says_so(made, pictures, tiny_model, tmp_path):

@@ -64,6 +64,19 @@ def test_exports_draw_the_same_picture(form, adapter, tiny_model, tmp_path):
         assert any("lora_down" in key for key in keys) and not any("lora_A" in key for key in keys)
 
 
+@pytest.mark.parametrize(("form", "name"), [("merged", "model"), ("kohya", "one.safetensors")])
+def test_where_nothing_can_be_written_an_export_says_so_and_leaves_nothing(
+    form, name, adapter, tiny_model, tmp_path, no_file_beyond, capsys
+):
+    command = ["export", str(adapter[0]), "--to", form, "--model", str(tiny_model), "--out"]
+    with no_file_beyond(3000):
+        assert main([*command, str(tmp_path / name)]) == 2
+    assert main([*command, f"/proc/{name}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.startswith("error: ") for line in said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_merged_scale_is_the_scale(adapter, tiny_model, tmp_path):
     folder, _ = adapter
     export(folder, tmp_path / "half", "merged", model=tiny_model, scale=0.5)

@@ -179,10 +179,10 @@ def test_prior_pictures_are_of_the_subject_s_class_too():
     cfg = FinetuneConfig(own_prompts=["a cat", "a tree", "a key"], trigger="zkw", prior_pictures=9)
     assert own_prompts(cfg, classes) == (["a cat", "a tree", "a key", "a face with sad eyes", "a dog"], [])
     cfg.prior = 0.5
-    own = ["a cat", "a tree", "a key", "a cat", "a tree"]
-    assert own_prompts(cfg, classes)[1] == [*own, *classes]
-    assert own_prompts(cfg, ["a dog"])[1] == [*own, *["a dog"] * 4]
-    assert own_prompts(cfg, []) == (own[:3], [*own, "a key", "a cat", "a tree", "a key"])
+    own = ["a cat", "a tree", "a key"]
+    assert own_prompts(cfg, classes)[1] == [*own * 2, *classes[:3]]
+    assert own_prompts(cfg, ["a dog"])[1] == [*own * 2, *["a dog"] * 3]
+    assert own_prompts(cfg, []) == (own, own * 3)
 
 
 def test_a_subject_whose_captions_name_no_class_is_told_so(tiny_model, tmp_path):
@@ -254,6 +254,8 @@ def test_early_stop_keeps_the_best_step_and_says_why(pictures, tiny_model, tmp_p
     assert record["ended"]["early"] and last == best + 3 < 60
     losses = {line["step"]: line["validation_loss"] for line in lines(tmp_path / "style")}
     assert min(losses, key=lambda step: losses[step]) == best
+    end = lines(tmp_path / "style")[-1]
+    assert end["own_loss"] > 1.1 * end["base_own_loss"]  # by then it has forgotten what it could draw
     assert f"no better validation loss since step {best}" in said[-1]
     assert (tmp_path / "style/samples" / f"{best:07d}.png").is_file()
     kept = load_file(listing(tmp_path / "style")[-1] / "best.safetensors")

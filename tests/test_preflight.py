@@ -116,10 +116,15 @@ def test_the_report_tells_sizes_transparency_duplicates_and_languages(tmp_path):
     assert report.other == {".heic": 1}
     assert report.sizes == [(60, 30), (180, 180), (200, 200)]
     assert report.shapes == {"square": 2, "wide": 1, "tall": 1} and report.enlarged == 1
-    assert (report.transparent, report.opaque) == (3, 1)
+    assert (report.transparent, report.opaque, report.barred) == (3, 1, 1)
     assert report.languages == {"English": 2, "German": 1, "Cyrillic script": 1}
     text = str(report)
-    for words in ("6 pictures, 4 with", "near duplicate: d.png looks like a.png", "not read: 1 .heic files"):
+    for words in (
+        "6 pictures, 4 with",
+        "near duplicate: d.png looks like a.png",
+        "not read: 1 .heic files",
+        "1 opaque pictures",
+    ):
         assert words in text
     assert json.loads(json.dumps(report.as_dict()))["near"] == [["d.png", "a.png"]]
     assert preflight_sheet(first_samples(pictures, 64)).width > 4 * 128

@@ -70,6 +70,7 @@ class Preflight:
     enlarged: int = 0  # pictures smaller than they are trained at
     transparent: int = 0
     opaque: int = 0
+    barred: int = 0  # opaque ones that are not square: what pads them is learned with them
     languages: dict[str, int] = field(default_factory=dict)
 
     def describe(self, pictures: Sequence[Usable], size: int) -> None:
@@ -82,6 +83,7 @@ class Preflight:
         self.enlarged = sum(max(p.size) < size for p in pictures)
         self.transparent = sum(p.transparent for p in pictures)
         self.opaque = len(pictures) - self.transparent
+        self.barred = sum(not p.transparent and p.size[0] != p.size[1] for p in pictures)
         own = [p.caption for p in pictures if p.caption and p.origin not in ("name", "folder", "trigger")]
         self.languages = languages(own)
 
@@ -103,6 +105,11 @@ class Preflight:
                 f"transparency, nothing cropped{small}"
             )
             lines.append(f"background: {self.transparent} transparent, {self.opaque} opaque")
+            if self.barred:
+                lines.append(
+                    f"{self.barred} opaque pictures are not square: the model learns their transparent bars too, "
+                    "unless you crop them to squares first"
+                )
         if self.languages:
             lines.append(f"likely language of the captions: {_counts(self.languages, '{name} {count}')}")
         return lines

@@ -173,13 +173,13 @@ def class_prompts(samples: list[Sample], trigger: str) -> list[str]:
 
 
 def own_prompts(cfg: FinetuneConfig, classes: list[str]) -> tuple[list[str], list[str]]:
-    """(to measure forgetting by, to keep in training): own_prompts, and of `class_prompts` about as many.
+    """(to measure forgetting by, to keep in training): own_prompts, and of `class_prompts` as many, and half as many.
 
     Without the class among them, whatever is like the subject becomes the subject (DreamBooth, arXiv:2208.12242)."""
     own, count = cfg.own_prompts, cfg.prior_pictures if cfg.prior else 0
-    half = count // 2 if classes else 0
-    of_class = [classes[k * len(classes) // half] for k in range(half)]
-    kept = [own[k % len(own)] for k in range(count - half)]
+    third = count // 3 if classes else 0
+    of_class = [classes[k * len(classes) // third] for k in range(third)]
+    kept = [own[k % len(own)] for k in range(count - third)]
     return own + classes[:: -(-len(classes) // len(own)) or 1], kept + of_class
 
 

@@ -55,7 +55,7 @@ class FinetuneConfig:
     trigger: the subject's word. It takes the place of [trigger] in captions and prompts, and goes before captions
     that have neither.
     own_prompts: what the model could draw before. prior: the weight of `prior_pictures` pictures that the model
-    draws of these beforehand, so that it keeps what it knows: 1 makes them half of each batch. With a trigger half
+    draws of these beforehand, so that it keeps what it knows: 1 makes them half of each batch. With a trigger a third
     of them are of the captions without it: "a face of zkw" is learned beside faces that stay as they were.
     prompts: what the sample sheets draw, empty for some of the captions. patience: validations without a better
     loss after which to stop, 0 never; the best step is what is kept.
