@@ -18,7 +18,7 @@ from diffusionfm.data.folder import SUFFIXES, PictureDataset, hidden, scan, scan
 from diffusionfm.data.order import Order
 from diffusionfm.data.preflight import Preflight, Usable, preflight_sheet, printable
 from diffusionfm.data.training import choose_caption, pixels
-from diffusionfm.finetune.settings import PREFLIGHT, SHEET, FinetuneConfig
+from diffusionfm.finetune.settings import CLASS_SHARE, PREFLIGHT, SHEET, FinetuneConfig
 from diffusionfm.images import save_png
 from diffusionfm.objectives import as_float
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -177,9 +177,9 @@ def own_prompts(cfg: FinetuneConfig, classes: list[str]) -> tuple[list[str], lis
 
     Without the class among them, whatever is like the subject becomes the subject (DreamBooth, arXiv:2208.12242)."""
     own, count = cfg.own_prompts, cfg.prior_pictures if cfg.prior else 0
-    third = count // 3 if classes else 0
-    of_class = [classes[k * len(classes) // third] for k in range(third)]
-    kept = [own[k % len(own)] for k in range(count - third)]
+    share = count // CLASS_SHARE if classes else 0
+    of_class = [classes[k * len(classes) // share] for k in range(share)]
+    kept = [own[k % len(own)] for k in range(count - share)]
     return own + classes[:: -(-len(classes) // len(own)) or 1], kept + of_class
 
 

@@ -22,6 +22,7 @@ RECORD = "finetune.json"
 PREFLIGHT, SHEET = "preflight.json", "preflight.png"
 MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_LR, MAX_PRIOR = 100_000, 256, 1024, 0.1, 10.0
 MAX_PROMPTS = 64
+CLASS_SHARE = 3  # of a subject's prior pictures one in so many is of its class
 FULL_LR = 0.1  # of a preset's learning rate, which is for adapters, when all weights are trained
 # What any model may be asked for, things and scenes by turns: forgetting is measured, and prior pictures are drawn,
 # with these. No scene is a prompt of the scorecard.
@@ -83,6 +84,8 @@ class FinetuneConfig:
         keys = ("method", "text_encoder", "rank", "targets", "trigger", "prior", "prior_pictures")
         known = {key: getattr(self, key) for key in keys} | {"alpha": self.alpha or self.rank}
         known["own_prompts"] = list(self.own_prompts)
+        if self.trigger and self.prior:
+            known["class_share"] = CLASS_SHARE
         return known | {key: getattr(self.trainer, key) for key in ("lr", "batch_size", "optimizer", "seed")}
 
 
