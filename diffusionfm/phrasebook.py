@@ -50,6 +50,7 @@ _HEADS = """
 animal bird building creature device drink food fruit garment insect instrument machine man person place plant
 someone something somewhere thing tool toy vegetable vehicle woman
 """
+_HAS = re.compile(r"\b(?:with|wearing|holding|carrying|having|has|of)\b", re.I)
 _TOLD = re.compile(  # "a sweet food that ..."; "what falls ...", though not "what a cat"
     rf"(?:(?:(?:an?|some|the) )?(?:[\w-]+ ){{0,3}}(?:{'|'.join(_HEADS.split())})s? (?:[\w,-]+ ){{0,4}}"
     r"(?:that|which|who|whose|where|you|used (?:to|for|by|in|as))|what (?!an? |is |are ))\b(?!-)",
@@ -174,14 +175,17 @@ class Phrasebook:
         return prompt if known == parts else f"{style}{''.join(known)}{ground}"
 
     def _parts(self, core: str) -> list[str]:
-        """Things and what joins them, in turn. Where only "and" does, long things may be one: "purrs and sleeps"."""
+        """Things and what joins them, in turn. Where only "and" does, long things may be one: "purrs and sleeps".
+
+        Not where each has its own article, unless one has things itself: "a face with starry eyes and a smile".
+        """
         parts = (_JOINED_TOLD if self._told(core) else _JOINED).split(core)
         if any(joint.lower() != " and " for joint in parts[1::2]):
             return parts
         found = [_THING.match(part) for part in parts[::2]]
         long = any(match is None or len(words_in(match[3])) > SHORT for match in found)
         apart = all(match and (match[1] or self._told(match[0])) for match in found[1:])
-        return [core] if long and not apart else parts
+        return [core] if long and not (apart and not _HAS.search(core)) else parts
 
     def _told(self, text: str) -> bool:
         """Whether a text, no phrase of the book, tells of a thing by what it does: "something that you sit on"."""

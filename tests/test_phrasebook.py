@@ -74,6 +74,7 @@ def reading(tiny_model, book, tmp_path):
         ("a tiny red puppy", "a red dog"),
         ("an instrument that guitars are", "a guitar"),
         ("an animal that’s a dog and a smiling ghost", "a dog and a smiling ghost"),
+        ("a spirit with a sheet and a scary face that haunts", "a ghost"),
     ],
 )
 def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
