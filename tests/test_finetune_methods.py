@@ -254,8 +254,6 @@ def test_early_stop_keeps_the_best_step_and_says_why(pictures, tiny_model, tmp_p
     assert record["ended"]["early"] and last == best + 3 < 60
     losses = {line["step"]: line["validation_loss"] for line in lines(tmp_path / "style")}
     assert min(losses, key=lambda step: losses[step]) == best
-    end = lines(tmp_path / "style")[-1]
-    assert end["own_loss"] > 1.1 * end["base_own_loss"]  # by then it has forgotten what it could draw
     assert f"no better validation loss since step {best}" in said[-1]
     assert (tmp_path / "style/samples" / f"{best:07d}.png").is_file()
     kept = load_file(listing(tmp_path / "style")[-1] / "best.safetensors")

@@ -25,6 +25,7 @@ from diffusionfm.batch.plan import Plan
 from diffusionfm.batch.report import Summary, sheets_are_old, write_sheets
 from diffusionfm.batch.rows import Rows, Source
 from diffusionfm.batch.stores import Sample, open_store
+from diffusionfm.checkpoint import writing
 from diffusionfm.phrasebook import quoted
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def generate_batch(
     clash with the manifest already there, and OSError when the folder cannot be written or the device draws no more.
     """
     batch = Batch(rows, pipe, Path(out_dir), _options(options, more))
-    batch.out.mkdir(parents=True, exist_ok=True)
+    with writing(batch.out):
+        batch.out.mkdir(parents=True, exist_ok=True)
     with locked(batch.out):
         return batch.go(load_seconds, progress)
 
@@ -182,9 +184,11 @@ class Batch:
             room = self.store.room()
             part, done = done[:room], done[room:]
             samples = [self._sample(one) for one in part if one.error is None]
-            places = iter(self.store.put(samples) if samples else [])
-            records = [_record(one, self.run, next(places) if one.error is None else {}) for one in part]
-            self.record(records)
+            with writing(self.out):
+                places = iter(self.store.put(samples) if samples else [])
+                self.record(
+                    [_record(one, self.run, next(places) if one.error is None else {}) for one in part]
+                )
             self._count(part)
         self.broken = False
 

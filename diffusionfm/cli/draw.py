@@ -130,7 +130,10 @@ def writable(folder: Path) -> None:
     """Make the folder, and find out now, not after the work, that it cannot be written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another output") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written: choose another output")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diffusionfm import lora
-from diffusionfm.checkpoint import replace_folder, write_weights
+from diffusionfm.checkpoint import replace_folder, write_weights, writing
 from diffusionfm.checks import check_model
 from diffusionfm.pipeline import DiffusionFMPipeline
 
@@ -49,9 +51,7 @@ def export(
     pipe = DiffusionFMPipeline.from_pretrained(folder, dtype="float32")
     pipe.load_lora(source, scale)
     expected = _picture(pipe)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as made:
-        aside = Path(made) / target.name
+    with writing(target), _aside(target) as aside:
         if form == "merged":
             merge(pipe)
             pipe.save_pretrained(aside)
@@ -70,6 +70,14 @@ def export(
         else:
             os.replace(aside, target)
     return difference
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """The same name in a folder of its own beside the target, which goes again with what is left in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as made:
+        yield Path(made) / target.name
 
 
 def load_back(out: Path, pipe: DiffusionFMPipeline, model: str | os.PathLike | None, whole: bool) -> int:
