@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tiny_pipe, tmp_path):
     locked_away = tmp_path / "read-only"
     locked_away.mkdir(mode=0o555)
     out = locked_away if os.geteuid() else Path("/sys/kernel")  # root may write anywhere but there
-    with pytest.raises(OSError, match="could not write .*out .*free some disk space and run again"):
+    with pytest.raises(OSError, match="Permission|not permitted|No such file|Read-only"):
         make(PROMPTS, tiny_pipe, out / "out")
 
 

@@ -25,7 +25,6 @@ from diffusionfm.batch.plan import Plan
 from diffusionfm.batch.report import Summary, sheets_are_old, write_sheets
 from diffusionfm.batch.rows import Rows, Source
 from diffusionfm.batch.stores import Sample, open_store
-from diffusionfm.checkpoint import writing
 from diffusionfm.phrasebook import quoted
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ def generate_batch(
     clash with the manifest already there, and OSError when the folder cannot be written or the device draws no more.
     """
     batch = Batch(rows, pipe, Path(out_dir), _options(options, more))
-    with writing(batch.out):
-        batch.out.mkdir(parents=True, exist_ok=True)
+    batch.out.mkdir(parents=True, exist_ok=True)
     with locked(batch.out):
         return batch.go(load_seconds, progress)
 
@@ -184,11 +182,9 @@ class Batch:
             room = self.store.room()
             part, done = done[:room], done[room:]
             samples = [self._sample(one) for one in part if one.error is None]
-            with writing(self.out):
-                places = iter(self.store.put(samples) if samples else [])
-                self.record(
-                    [_record(one, self.run, next(places) if one.error is None else {}) for one in part]
-                )
+            places = iter(self.store.put(samples) if samples else [])
+            records = [_record(one, self.run, next(places) if one.error is None else {}) for one in part]
+            self.record(records)
             self._count(part)
         self.broken = False
 
