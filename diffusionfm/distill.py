@@ -61,14 +61,20 @@ def teacher_path(
 
 
 class Paths:
-    """Strides stored by `train/paths.py`: item i is {"key", "from", "to", "stride", "caption"}, latents (c, y, x)."""
+    """Strides stored by `train/paths.py`: item i is {"key", "from", "to", "stride", "caption"}, latents (c, y, x).
 
-    def __init__(self, folder: str | os.PathLike[str], made_by: str):
+    strides: how many to a path, of the stored cuts' even share; None for all of them. held_out: the last so many
+    paths are kept apart, in `unseen`. ValueError for the paths of another model, and where the numbers do not agree.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], made_by: str, strides: int | None = None, held_out: int = 0
+    ):
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise ValueError(f"no paths in {folder}: make them with train/paths.py")
-        self.cuts: list[Tensor] = []
-        self.captions: list[str] = []
+        cuts: list[Tensor] = []
+        captions: list[str] = []
         for file in files:
             with safe_open(file, "pt") as stored:
                 told = stored.metadata() or {}
@@ -76,10 +82,21 @@ class Paths:
                     raise ValueError(
                         f"{file} holds the paths of another model: make them anew in another folder"
                     )
-                self.cuts.append(stored.get_tensor("cuts"))
-            self.captions += told["captions"].split("\n")
-        self.paths = torch.cat(self.cuts)
-        self.strides = self.paths.shape[1] - 1
+                cuts.append(stored.get_tensor("cuts"))
+            captions += told["captions"].split("\n")
+        whole = torch.cat(cuts)
+        stored_strides = whole.shape[1] - 1
+        self.strides = strides or stored_strides
+        if stored_strides % self.strides:
+            raise ValueError(
+                f"the {stored_strides} strides of the paths in {folder} do not make {self.strides}: take a divisor"
+            )
+        count = len(whole) - held_out
+        if count < 1:
+            raise ValueError(f"{folder} holds {len(whole)} paths, of which {held_out} were to be held out: make more")
+        whole = whole[:, :: stored_strides // self.strides]
+        self.paths, self.captions = whole[:count], captions[:count]
+        self.unseen = whole[count:], captions[count:]
         self.fingerprint = f"{made_by} {len(self)} strides"
 
     def __len__(self) -> int:
@@ -145,6 +162,23 @@ class Strides(FlowMatching):
         error = (v - wanted).square().mean(dim=(1, 2, 3))
         each = {f"loss_stride{k}": _mean_where(error.detach(), stride == k) for k in range(len(times) - 1)}
         return error.mean(), each
+
+    @torch.inference_mode()
+    def validation(self, cuts: Tensor, captions: list[str]) -> dict[str, float]:
+        """How far the student is from the teacher on paths (b, k, c, y, x) that it did not learn.
+
+        heldout_loss: as in training, over all strides. heldout_end: mean squared distance of the two ends, where the
+        student has gone all its strides by itself, over the spread of the teacher's ends."""
+        cuts, times = cuts.float(), self.cuts
+        text, mask = self.read(captions)
+        own, losses = cuts[:, 0], []
+        for k in range(len(times) - 1):
+            t, span = times[k].expand(len(cuts)), times[k + 1] - times[k]
+            v = self.denoiser(cuts[:, k], t, text, mask).float()
+            losses.append((v - (cuts[:, k + 1] - cuts[:, k]) / span).square().mean())
+            own = own + span * (v if k == 0 else self.denoiser(own, t, text, mask).float())
+        end = (own - cuts[:, -1]).square().mean() / cuts[:, -1].var()
+        return {"heldout_loss": float(torch.stack(losses).mean()), "heldout_end": float(end)}
 
     def export(self, folder: Path) -> None:
         """PEFT's two files, in half precision, and generation.json, in FOLDER/few_step."""

@@ -65,6 +65,29 @@ def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(
     assert float(loss) < 1e-9 and set(metrics) == {"loss_stride0", "loss_stride1"}
 
 
+def test_strides_are_joined_and_the_last_paths_kept_apart(teacher, tmp_path):
+    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=3.0)
+    save_file({"cuts": cuts}, tmp_path / "00000.safetensors", {"model": "me", "captions": "\n".join(PROMPTS)})
+    paths = Paths(tmp_path, "me", strides=2, held_out=1)
+    assert len(paths) == 2 and torch.equal(paths[1]["from"], cuts[0, 2]) and torch.equal(paths[1]["to"], cuts[0, 4])
+    unseen, captions = paths.unseen
+    assert torch.equal(unseen[0], cuts[1, ::2]) and captions == PROMPTS[1:]
+    with pytest.raises(ValueError, match="4 strides .* do not make 3"):
+        Paths(tmp_path, "me", strides=3)
+    with pytest.raises(ValueError, match="2 paths, of which 2"):
+        Paths(tmp_path, "me", held_out=2)
+
+
+def test_the_end_of_a_students_own_way_is_measured(teacher):
+    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=1.0)
+    student = Strides(teacher, 4, rank=2)  # untrained, it makes the teacher's own steps
+    same = student.validation(cuts, PROMPTS)
+    assert max(same.values()) < 1e-9 and set(same) == {"heldout_loss", "heldout_end"}
+    blank = torch.zeros_like(cuts)
+    blank[:, 0] = cuts[:, 0]
+    assert student.validation(blank + torch.randn_like(blank) * 0.01, PROMPTS)["heldout_end"] > 1
+
+
 def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_path):
     teacher.save_pretrained(tmp_path / "model")
     made_by = weights_hash(teacher.transformer)
@@ -110,7 +133,7 @@ def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path,
     run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
     trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
     told = [f"trainer.{key}={value}" for key, value in trainer.items()]
-    main([f"model={tmp_path / 'model'}", f"paths={tmp_path / 'paths'}", "prompts=[a red circle]", *told])
+    main([f"model={tmp_path / 'model'}", f"paths={tmp_path / 'paths'}", "prompts=[a red circle]", "held_out=1", *told])
     said = read_parameters(run / "samples" / "0000001.png")
     assert said["prompt"] == "a red circle" and said["steps"] == 2
     assert "model" not in said and "model_hash" not in said

@@ -18,13 +18,16 @@ from diffusionfm.trainer import Trainer, TrainerConfig
 class DistillConfig:
     """Keys of a run. model: the teacher's pipeline folder, null for the shipped one. paths: what train/paths.py made.
 
-    rank: of the LoRA that the student is. prompts: drawn for the sample grids.
+    strides: the student's steps, null for all that the paths hold. rank: of the LoRA that the student is.
+    held_out: paths that it does not learn, to validate on. prompts: drawn for the sample grids.
     """
 
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: str | None = None
     paths: str = "runs/icons/paths"
+    strides: int | None = None
     rank: int = 5
+    held_out: int = 64
     prompts: list[str] = field(default_factory=lambda: ["a red heart", "a cat", "a rocket", "two stars"])
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> Path:
     cfg = parse_args(DistillConfig, argv, __doc__, "python train/distill.py configs/icons/distill.yaml")
     with user_errors():
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
-        paths = Paths(cfg.paths, weights_hash(pipe.transformer))
+        paths = Paths(cfg.paths, weights_hash(pipe.transformer), cfg.strides, cfg.held_out)
         objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
         data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
         run = Path(cfg.trainer.output_dir)
@@ -45,7 +48,12 @@ def main(argv: list[str] | None = None) -> Path:
             del told["model"], told["model_hash"]  # of the teacher: the student has none yet
             save_png(sheet, run / "samples" / f"{step:07d}.png", told)
 
-        trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample)
+        def validate(step: int, networks: dict) -> dict[str, float]:
+            return objective.validation(*paths.unseen) if cfg.held_out else {}
+
+        trainer = Trainer(
+            cfg.trainer, objective, data, resolved_config=cfg, on_sample=on_sample, validate=validate
+        )
         pipe.vae.to(trainer.device)
         trainer.fit()
     return run

@@ -23,8 +23,8 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 class PathsConfig:
     """Keys of a run. `data` is what the model was trained on: its captions are the prompts.
 
-    model: pipeline folder, null for the shipped one. count: paths to make, 4 strides of each at `strides: 4`.
-    steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor
+    model: pipeline folder, null for the shipped one. count: paths to make. strides: how many parts of each are kept, of
+    which a student may join several. steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor
     has it, else float32.
     """
 
