@@ -93,7 +93,9 @@ class Paths:
             )
         count = len(whole) - held_out
         if count < 1:
-            raise ValueError(f"{folder} holds {len(whole)} paths, of which {held_out} were to be held out: make more")
+            raise ValueError(
+                f"{folder} holds {len(whole)} paths, of which {held_out} were to be held out: make more"
+            )
         whole = whole[:, :: stored_strides // self.strides]
         self.paths, self.captions = whole[:count], captions[:count]
         self.unseen = whole[count:], captions[count:]

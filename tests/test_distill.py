@@ -69,7 +69,11 @@ def test_strides_are_joined_and_the_last_paths_kept_apart(teacher, tmp_path):
     cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=3.0)
     save_file({"cuts": cuts}, tmp_path / "00000.safetensors", {"model": "me", "captions": "\n".join(PROMPTS)})
     paths = Paths(tmp_path, "me", strides=2, held_out=1)
-    assert len(paths) == 2 and torch.equal(paths[1]["from"], cuts[0, 2]) and torch.equal(paths[1]["to"], cuts[0, 4])
+    assert (
+        len(paths) == 2
+        and torch.equal(paths[1]["from"], cuts[0, 2])
+        and torch.equal(paths[1]["to"], cuts[0, 4])
+    )
     unseen, captions = paths.unseen
     assert torch.equal(unseen[0], cuts[1, ::2]) and captions == PROMPTS[1:]
     with pytest.raises(ValueError, match="4 strides .* do not make 3"):
@@ -133,7 +137,15 @@ def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path,
     run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
     trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
     told = [f"trainer.{key}={value}" for key, value in trainer.items()]
-    main([f"model={tmp_path / 'model'}", f"paths={tmp_path / 'paths'}", "prompts=[a red circle]", "held_out=1", *told])
+    main(
+        [
+            f"model={tmp_path / 'model'}",
+            f"paths={tmp_path / 'paths'}",
+            "prompts=[a red circle]",
+            "held_out=1",
+            *told,
+        ]
+    )
     said = read_parameters(run / "samples" / "0000001.png")
     assert said["prompt"] == "a red circle" and said["steps"] == 2
     assert "model" not in said and "model_hash" not in said

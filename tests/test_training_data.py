@@ -13,6 +13,7 @@ from diffusionfm.data.shards import ShardWriter
 from diffusionfm.data.training import (
     DataConfig,
     all_captions,
+    caption_batches,
     captions_of,
     choose_caption,
     collate_pictures,
@@ -253,6 +254,14 @@ def test_latents_bring_the_text_features_of_the_caption_chosen(tmp_path):
         length, value = (3 + int(i), 10 * int(i)) if kind == "full" else (2, 10 * int(i) + 1)
         assert batch["mask"][k].sum() == length and (batch["text"][k, :length] == value).all()
         assert (batch["latent"][k] == int(i)).all()
+
+
+def test_the_captions_of_a_mixture_come_without_what_they_stand_beside(tmp_path):
+    pictures = DataConfig(shards=str(write(tmp_path / "pictures")), workers=0)
+    latents = DataConfig(shards=str(latent_shards(tmp_path / "latents")), workers=0, styled={"default": 1.0})
+    told, whole = caption_batches(pictures, 5, seed=3).batch(0), picture_batches(pictures, 5, seed=3).batch(0)
+    assert set(told) == {"key", "caption"} and told == {name: whole[name] for name in told}
+    assert set(caption_batches(latents, 6, seed=0).batch(0)["caption"]) == {f"full {i}" for i in range(6)}
 
 
 def test_latents_of_other_networks_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
-from diffusionfm.data.training import DataConfig, latent_batches
+from diffusionfm.data.training import DataConfig, caption_batches
 from diffusionfm.devices import has_fast_bf16, parse_dtype, pick_device
 from diffusionfm.distill import teacher_path
 from diffusionfm.images import write_atomic
@@ -21,11 +21,11 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 
 @dataclass
 class PathsConfig:
-    """Keys of a run. `data` is what the model was trained on: its captions are the prompts.
+    """Keys of a run. `data` is what the model was trained on, pictures or latents: its captions are the prompts.
 
-    model: pipeline folder, null for the shipped one. count: paths to make. strides: how many parts of each are kept, of
-    which a student may join several. steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where the processor
-    has it, else float32.
+    model: pipeline folder, null for the shipped one. count: paths to make. strides: how many parts of each are kept;
+    a student may join several. steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where
+    the processor has it, else float32.
     """
 
     output_dir: str = "runs/icons/paths"
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> Path:
         model = weights_hash(pipe.transformer)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
-        batches = latent_batches(cfg.data, None, cfg.batch_size, cfg.seed)  # for their captions
+        batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
             file = out / f"{k:05d}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -135,6 +135,18 @@ def picture_batches(cfg: DataConfig, batch_size: int, seed: int) -> Batches:
     `ValueError` for shards that are cut short or missing, and for settings that do not fit them."""
     dataset = ShardDataset(cfg.shards, split="train")
     return _batches(dataset, partial(collate_pictures, styled=cfg.styled), cfg, batch_size, seed)
+
+
+def caption_batches(cfg: DataConfig, batch_size: int, seed: int) -> Batches:
+    """Endless batches of {"key", "caption"} alone, of shards of pictures or of latents: the prompts of a mixture."""
+    dataset = ShardDataset(cfg.shards, split="train", needs=("txt",))
+    collate = partial(collate_captions, styled=cfg.styled)
+    return _batches(dataset, collate, replace(cfg, buckets=None), batch_size, seed)
+
+
+def collate_captions(samples: list[dict[str, Any]], styled: dict[str, float] | None = None) -> dict[str, Any]:
+    """Samples -> key and caption, one chosen for each."""
+    return {"key": [s["key"] for s in samples], "caption": choose_captions(samples, styled or {})}
 
 
 def _batches(dataset: ShardDataset, collate: Any, cfg: DataConfig, batch_size: int, seed: int) -> Batches:
