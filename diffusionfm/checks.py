@@ -269,6 +269,12 @@ def check_checksums(folder: Path) -> None:
             )
 
 
+def told_checksum(folder: Path, name: str) -> str:
+    """The SHA-256 that checksums.json tells of a network's weights; "" in a folder without one."""
+    file = folder / CHECKSUMS
+    return str(read_json(file).get(f"{name}/{WEIGHTS[name]}", "")) if file.exists() else ""
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

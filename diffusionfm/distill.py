@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from diffusionfm import flow, lora
 from diffusionfm.checkpoint import write_json, write_weights
+from diffusionfm.checks import told_checksum
 from diffusionfm.drawing import plan_tasks
 from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -135,6 +136,9 @@ class Strides(FlowMatching):
     def __init__(self, pipe: DiffusionFMPipeline, strides: int, rank: int, seed: int = 0):
         super().__init__(pipe.transformer.requires_grad_(False), pipe.text_encoder, pipe.tokenizer)
         self.cuts = flow.grid(strides, pipe.defaults["shift"])
+        self.shift = pipe.defaults["shift"]
+        home = pipe.config.get("_name_or_path")
+        self.teacher = told_checksum(Path(home), "transformer") if home else ""
         self.config = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=TARGETS, base_model_name_or_path=pipe.model_name
         )
@@ -183,7 +187,9 @@ class Strides(FlowMatching):
         return {"heldout_loss": float(torch.stack(losses).mean()), "heldout_end": float(end)}
 
     def export(self, folder: Path) -> None:
-        """PEFT's two files, in half precision, and generation.json, in FOLDER/few_step."""
+        """PEFT's two files, in half precision, and generation.json, in FOLDER/few_step.
+
+        The latter tells how to draw, and the SHA-256 of the teacher's weights: the adapter is for no other."""
         place = folder / lora.FEW_STEP
         place.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -194,7 +200,8 @@ class Strides(FlowMatching):
         write_json(
             place / lora.CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
         )
-        write_json(place / "generation.json", {"steps": len(self.cuts) - 1, "guidance": 1.0})
+        drawn_at = {"steps": len(self.cuts) - 1, "guidance": 1.0, "shift": self.shift}
+        write_json(place / "generation.json", {**drawn_at, "teacher": self.teacher})
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

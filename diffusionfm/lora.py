@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusionfm.checks import PICKLES, check_safetensors, read_json
+from diffusionfm.checks import PICKLES, check_safetensors, read_json, told_checksum
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_NAME, BASE_HASH = "base_model_name_or_path", "revision"  # in CONFIG, the model it was trained on
@@ -125,9 +125,9 @@ def _set_strength(network: Any, name: str, scale: float, taken: set[str]) -> Non
 
 
 def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
-    """Add a pipeline folder's few-step adapter to its denoiser's weights; returns the steps and guidance it draws at.
+    """Add a pipeline folder's few-step adapter to its denoiser's weights; returns the settings it draws at.
 
-    ValueError where the folder has none, or one of another model."""
+    ValueError where the folder has none, or one that was distilled from another denoiser."""
     import torch
 
     source = folder / FEW_STEP
@@ -136,6 +136,13 @@ def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
             f"{folder} has no {FEW_STEP} adapter: draw without --fast, or make one with train/distill.py"
         )
     check_lora(source)
+    drawn_at = read_json(source / "generation.json")
+    teacher, own = drawn_at.pop("teacher", ""), told_checksum(folder, "transformer")
+    if teacher and own and teacher != own:
+        raise ValueError(
+            f"{source} was distilled from another denoiser than the one beside it: draw without --fast, or make one "
+            "of this model with train/paths.py and train/distill.py"
+        )
     settings, weights = read_folder(source)["transformer"]
     _check_fit(network, source, weights)
     layers = dict(network.named_modules())
@@ -147,7 +154,7 @@ def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
                 up = weights[key.replace(".lora_A.", ".lora_B.")]
                 weight = layers[layer].weight
                 weight += (scale * up.float() @ down.float()).to(weight)
-    return read_json(source / "generation.json")
+    return drawn_at
 
 
 # ---- what is on disk -----------------------------------------------------------------------------------------

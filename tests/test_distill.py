@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffusionfm import flow, lora
-from diffusionfm.checkpoint import weights_hash
+from diffusionfm.checks import CHECKSUMS
+from diffusionfm.data.shards import ShardWriter
 from diffusionfm.distill import Paths, Strides, collate_strides, teacher_path
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
 from train.distill import main
+from train.paths import main as draw_paths
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -94,7 +97,8 @@ def test_the_end_of_a_students_own_way_is_measured(teacher):
 
 def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_path):
     teacher.save_pretrained(tmp_path / "model")
-    made_by = weights_hash(teacher.transformer)
+    teacher = DiffusionFMPipeline.from_pretrained(tmp_path / "model")
+    made_by = teacher.fingerprint()
     (tmp_path / "paths").mkdir()
     stored(teacher, tmp_path / "paths", made_by)
     paths = Paths(tmp_path / "paths", made_by)
@@ -112,7 +116,7 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
     assert float(student(batch)[0].detach()) < 0.7 * before
     student.export(tmp_path / "model")
     told = json.loads((tmp_path / "model" / lora.FEW_STEP / "generation.json").read_text())
-    assert told == {"steps": 2, "guidance": 1.0}
+    assert told == {"steps": 2, "guidance": 1.0, "shift": 1.0, "teacher": student.teacher} and student.teacher
     live = teacher(PROMPTS, seed=3, num_inference_steps=2, guidance_scale=1.0).images
     fast = DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True)
     assert (
@@ -130,10 +134,45 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
         DiffusionFMPipeline.from_pretrained(tmp_path / "bare", fast=True)
 
 
+def test_an_adapter_is_refused_beside_another_denoiser_than_its_teacher(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path / "model")
+    student = Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=2)
+    student.export(tmp_path / "model")
+    assert DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True).defaults["steps"] == 2
+    torch.nn.init.zeros_(teacher.transformer.patch_out.weight)
+    teacher.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="few_step was distilled from another denoiser .*train/paths.py"):
+        DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True)
+    (tmp_path / "model" / CHECKSUMS).unlink()  # then nothing tells
+    assert DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True).fast
+
+
+def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp_path, capsys):
+    with ShardWriter(tmp_path / "shards") as writer:
+        for i, prompt in enumerate(PROMPTS):
+            writer.write(f"k{i}", Image.new("RGBA", (32, 32)), prompt, {"split": "train"})
+    teacher.save_pretrained(tmp_path / "model")
+    told = {"model": tmp_path / "model", "output_dir": tmp_path / "paths", "data.shards": tmp_path / "shards"}
+    told |= {"count": 2, "batch_size": 2, "steps": 2, "strides": 2}
+    argv = [f"{key}={value}" for key, value in told.items()]
+    (file,) = draw_paths(argv).iterdir()
+    before = file.stat().st_mtime_ns
+    assert len(list(draw_paths([*argv, "count=4"]).iterdir())) == 2 and file.stat().st_mtime_ns == before
+    for other in ("guidance=2", "strides=1", "dtype=bfloat16", "seed=5"):
+        with pytest.raises(SystemExit):
+            draw_paths([*argv, other])
+        assert "drawn with other settings: give another output_dir" in capsys.readouterr().err
+    torch.nn.init.zeros_(teacher.transformer.patch_out.weight)
+    teacher.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        draw_paths(argv)
+    assert "drawn by another model" in capsys.readouterr().err
+
+
 def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path, capsys):
     teacher.save_pretrained(tmp_path / "model")
     (tmp_path / "paths").mkdir()
-    stored(teacher, tmp_path / "paths", weights_hash(teacher.transformer))
+    stored(teacher, tmp_path / "paths", teacher.fingerprint())
     run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
     trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
     told = [f"trainer.{key}={value}" for key, value in trainer.items()]

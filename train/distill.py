@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.order import Batches
 from diffusionfm.distill import Paths, Strides, collate_strides
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> Path:
     cfg = parse_args(DistillConfig, argv, __doc__, "python train/distill.py configs/icons/distill.yaml")
     with user_errors():
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
-        paths = Paths(cfg.paths, weights_hash(pipe.transformer), cfg.strides, cfg.held_out)
+        paths = Paths(cfg.paths, pipe.fingerprint(), cfg.strides, cfg.held_out)
         objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
         data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
         run = Path(cfg.trainer.output_dir)

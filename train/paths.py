@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from diffusionfm.checkpoint import weights_hash
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import DataConfig, caption_batches
 from diffusionfm.devices import has_fast_bf16, parse_dtype, pick_device
@@ -47,8 +49,8 @@ def main(argv: list[str] | None = None) -> Path:
     with user_errors():
         out = Path(cfg.output_dir)
         out.mkdir(parents=True, exist_ok=True)
-        pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device))
-        model = weights_hash(pipe.transformer)
+        pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device), dtype="float32")
+        told = {"model": pipe.fingerprint(), "drawn": drawn_by(cfg, pipe.defaults)}
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
         batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
@@ -56,13 +58,33 @@ def main(argv: list[str] | None = None) -> Path:
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
             file = out / f"{k:05d}.safetensors"
             if file.exists():
+                refuse_others(file, told)
                 continue
             prompts = batches.batch(k)["caption"]
             seeds = range(cfg.seed + k * cfg.batch_size, cfg.seed + (k + 1) * cfg.batch_size)
             cuts = teacher_path(pipe, prompts, seeds, cfg.strides, cfg.steps, cfg.guidance)
-            told = {"model": model, "captions": "\n".join(prompts)}
-            write_atomic(file, save({"cuts": cuts.half().contiguous()}, metadata=told))
+            tensors = {"cuts": cuts.half().contiguous()}
+            write_atomic(file, save(tensors, metadata={**told, "captions": "\n".join(prompts)}))
     return out
+
+
+def drawn_by(cfg: PathsConfig, defaults: dict[str, Any]) -> str:
+    """How the paths of a run are drawn, as JSON: all but how many, where, and on which device."""
+    told = {
+        key: value
+        for key, value in asdict(cfg).items()
+        if key not in ("output_dir", "model", "count", "device")
+    }
+    return json.dumps({**told, "shift": defaults["shift"]}, sort_keys=True)
+
+
+def refuse_others(file: Path, told: dict[str, str]) -> None:
+    """ValueError where a file of paths was drawn by another model or otherwise than this run draws."""
+    with safe_open(file, "pt") as stored:
+        found = stored.metadata() or {}
+    if wrong := [name for name, value in told.items() if found.get(name) != value]:
+        what = "by another model" if "model" in wrong else "with other settings"
+        raise ValueError(f"{file} was drawn {what}: give another output_dir, or remove that one")
 
 
 if __name__ == "__main__":
