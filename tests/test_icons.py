@@ -15,7 +15,7 @@ from diffusionfm.data.icons import build
 from diffusionfm.data.icons import captions as cap
 from diffusionfm.data.icons.fetch import Package, default_cache, fetch
 from diffusionfm.data.icons.names import Words, clean, code_key, is_brand
-from diffusionfm.data.icons.render import edge_color, fit, inked, on_color
+from diffusionfm.data.icons.render import _svg, edge_color, fit, inked, on_color
 from diffusionfm.data.icons.sources import share
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.shapes import SHAPES, build_shapes, draw_shape, shape_samples
@@ -381,3 +381,11 @@ def test_a_package_of_an_unknown_manager_is_refused(tmp_path):
     with pytest.raises(ValueError, match="npm or apt"):
         fetch(Package("pip", "thing", "1"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_text_is_never_drawn_for_it_depends_on_fonts():
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="40{unit}" height="40{unit}"><circle cx="9" cy="9" r="8"/>'
+    words = '<text x="2" y="30" font-size="20">say <tspan>ha</tspan>!</text><text/><g><textPath>on</textPath></g></svg>'
+    for unit in ("", "pt"):  # resvg refuses the second, which cairosvg draws
+        bare, told = (_svg(head.format(unit=unit) + rest, 64) for rest in ("</svg>", words))
+        assert bare and told and bare.getbbox() and bare.tobytes() == told.tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffusionfm.data.icons.sources import Drawing
 
 PADDING = 0.04
 OVERSAMPLE = 2
+TEXT = re.compile(r"<(\w+:)?text\b(?:[^>]*/>|.*?</(?:\w+:)?text\s*>)", re.DOTALL)
 
 
 def render(drawing: Drawing, size: int) -> Image.Image | None:
@@ -48,12 +50,13 @@ def _svg(svg: str, size: int) -> Image.Image | None:
 
 
 def _cairo(svg: str, size: int) -> bytes:
+    """Rendered markup without its text: that would depend on the machine's fonts, and on what was drawn before it."""
     from xml.etree.ElementTree import ParseError
 
     import cairosvg
 
     try:
-        return cairosvg.svg2png(bytestring=svg.encode(), output_width=size, unsafe=False)
+        return cairosvg.svg2png(bytestring=TEXT.sub("", svg).encode(), output_width=size, unsafe=False)
     except (
         ValueError,
         ParseError,
