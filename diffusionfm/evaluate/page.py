@@ -30,7 +30,7 @@ SECTIONS = {
     "held_out": "Held-out phrases",
     "taught": "Training phrases",
     "own_words": "Words of one's own",
-    "unseen": "Combinations that no caption holds",
+    "unseen": "Unseen combinations",
     "people": "People",
 }
 STYLE = """
@@ -82,12 +82,14 @@ def drawn_with(report: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {model[key]:g}" for key in ("steps", "guidance", "width", "height", "shift"))
     adapter = ", with its few-step adapter" if model["fast"] else ""
     kind = "Quick protocol" if protocol["quick"] else "Protocol"
+    book = f", phrasebook {escape(model['phrasebook'])}" if model["phrasebook"] else ""
+    read = f" {len(report['read_as'])} prompts were drawn as phrases of the phrasebook." if book else ""
     return (
         f"<p>Weights {escape(model['fingerprint'])}, autoencoder {escape(model['vae_hash'])},"
         f" {model['parameters']:,} parameters; the denoiser in {escape(model['dtype'])} on {escape(model['device'])}"
-        f"{adapter}; {settings}. Drawn on {report['date']} with diffusionfm {escape(report['version'])}.<br>"
+        f"{adapter}; {settings}{book}. Drawn on {report['date']} with diffusionfm {escape(report['version'])}.<br>"
         f"{kind} {protocol['version']}, <code>{protocol['hash'][:16]}</code>, {protocol['pictures']} pictures,"
-        " first seed, none chosen.</p>"
+        f" first seed, none chosen.{read}</p>"
     )
 
 
@@ -188,18 +190,21 @@ def wall(card: Scorecard, section: str, title: str) -> str:
     numbers = [k for k, item in enumerate(card.items) if item.section == section]
     right = [card.right[k] for k in numbers if card.right[k] is not None]
     count = f": {sum(map(bool, right))} of {len(right)}" if right else ""
-    shown = "".join(tile(card.items[k], card.pictures[k], card.right[k], card.nearest[k]) for k in numbers)
+    shown = "".join(
+        tile(card.items[k], card.pictures[k], card.right[k], card.nearest[k], card.read[k]) for k in numbers
+    )
     return f'<details><summary>{title}{count}</summary><div class="wall">{shown}</div></details>\n'
 
 
-def tile(item: Item, picture: Image.Image, right: bool | None, nearest: str) -> str:
-    """One picture, its prompt, and what the judge takes it for."""
+def tile(item: Item, picture: Image.Image, right: bool | None, nearest: str, read: str) -> str:
+    """One picture, its prompt, what that was read as where it was otherwise, and what the judge takes it for."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
     kind = "" if right is None else ' class="right"' if right else ' class="wrong"'
     seen = "" if item.scene else f"<br><small>{escape(nearest)}</small>"
+    meant = f"<br><i>drawn as {escape(read)}</i>" if read else ""
     return (
         f'<figure{kind}><img loading="lazy" src="data:image/webp;base64,{data}" alt="{escape(item.prompt)}">'
-        f"<figcaption>{escape(item.prompt)}{seen}</figcaption></figure>"
+        f"<figcaption>{escape(item.prompt)}{meant}{seen}</figcaption></figure>"
     )

@@ -56,13 +56,16 @@ LOWER = ("likeness", "fid", "copies.", "alpha_error", "loss")
 
 @dataclass
 class Scorecard:
-    """report: JSON-able. The rest tells of each picture: what it was drawn for, whether it holds, what it is like."""
+    """report: JSON-able. The rest tells of each picture: what it was drawn for, whether it holds, what it is like.
+
+    read: what each prompt was read as, "" where it was read as it stands."""
 
     report: dict[str, Any]
     items: list[Item]
     pictures: list[Image.Image]
     right: list[bool | None]
     nearest: list[str]
+    read: list[str]
 
 
 def evaluate(
@@ -74,7 +77,7 @@ def evaluate(
 ) -> Scorecard:
     """Run the protocol on a pipeline.
 
-    quick: an even share of each section, two minutes; intervals are wide and there is no Fréchet distance.
+    quick: an even share of each section, a few minutes; intervals are wide and there is no Fréchet distance.
     progress(done, total) counts pictures drawn. inception: weights (`load_inception`) to report FID by as well.
     `ValueError` for a model without alpha, a missing package, or weights that are others.
     """
@@ -94,6 +97,7 @@ def evaluate(
     judge = bench.judge
     pictures = draw(pipe, plan.items, progress)
     drawn = time.monotonic()
+    read = ["" if (words := pipe.read_as(item.prompt)) == item.prompt else words for item in plan.items]
     views = judge.see(pictures)
     columns = {"model": model_column(bench, pictures, views), **control_columns(bench)}
     columns["model"] |= network_figures(pipe, bench)
@@ -118,16 +122,18 @@ def evaluate(
         "sound": all(claim["holds"] for claim in sound),
         "complaints": [claim["claim"] for claim in sound if not claim["holds"]],
         "claims": [claim["claim"] for claim in sound],
+        "read_as": {item.prompt: words for item, words in zip(plan.items, read, strict=True) if words},
         "copies": copied(bench, views),
         "people": people(judge, views.take(numbers), prompts, PEOPLE_WORDS),
         "seconds": {"drawing": round(drawn - start, 1), "all": round(time.monotonic() - start, 1)},
     }
     right = [is_right(judge, item, pictures[k], views.take([k])) for k, item in enumerate(plan.items)]
-    return Scorecard(report, plan.items, pictures, right, judge.nearest(views))
+    return Scorecard(report, plan.items, pictures, right, judge.nearest(views), read)
 
 
 def described(pipe: DiffusionFMPipeline) -> dict[str, Any]:
-    """What a report says of its model: weights, size, the denoiser's precision, where it ran, and its settings."""
+    """What a report says of its model: weights, size, the denoiser's precision, where it ran, the phrasebook that read
+    the prompts, and its settings."""
     networks = (pipe.vae, pipe.text_encoder, pipe.transformer)
     return {
         "name": pipe.model_name,
@@ -137,6 +143,7 @@ def described(pipe: DiffusionFMPipeline) -> dict[str, Any]:
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": str(pipe.device),
         "fast": pipe.fast,
+        "phrasebook": pipe.phrasebook.digest if pipe.phrasebook else "",
         **pipe.defaults,
     }
 
