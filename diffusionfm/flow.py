@@ -116,12 +116,6 @@ def guided(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     return torch.lerp(uncond, cond, _beside(scale, cond) if isinstance(scale, Tensor) else scale)
 
 
-def guidance_at(t: float | Tensor, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> float:
-    """The scale at time t: `scale` inside the interval, 1 (off) outside (arXiv:2404.07724)."""
-    low, high = interval
-    return scale if low <= float(t) <= high else 1.0
-
-
 # ---- known parts -----------------------------------------------------------------------------------------
 
 

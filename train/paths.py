@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class PathsConfig:
     """Keys of a run. `data` is what the model was trained on, pictures or latents: its captions are the prompts.
 
     model: pipeline folder, null for the shipped one. count: paths to make. strides: how many parts of each are kept;
-    a student may join several. steps, guidance: how the teacher draws. dtype: of the network; auto is bfloat16 where
-    the processor has it, else float32.
+    a student may join several. steps, guidance: how the teacher draws, with null by the model's own guidance. dtype:
+    of the network; auto is bfloat16 where the processor has it, else float32.
     """
 
     output_dir: str = "runs/icons/paths"
@@ -37,7 +37,7 @@ class PathsConfig:
     batch_size: int = 64
     strides: int = 4
     steps: int = 20
-    guidance: float = 4.0
+    guidance: float | None = None
     seed: int = 1_000_000
     dtype: str = "auto"
     device: str = "auto"
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
         out = Path(cfg.output_dir)
         out.mkdir(parents=True, exist_ok=True)
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device), dtype="float32")
+        cfg = replace(cfg, guidance=pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
         told = {"model": pipe.fingerprint(), "drawn": drawn_by(cfg, pipe.defaults)}
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
