@@ -63,6 +63,14 @@ class Finish:
         """Width and height of the finished picture."""
         return _scaled(image.size, self.size)
 
+    def advice(self, drawn: tuple[int, int]) -> list[str]:
+        """What to know where a picture of the size `drawn` is resampled to another: it shows no more than it did."""
+        size = drawn if self.format == "svg" else _scaled(drawn, self.size)
+        if size == drawn:
+            return []
+        told, wanted = (f"{width}x{height}" for width, height in (drawn, size))
+        return [f"drawn at {told} and {'enlarged' if size > drawn else 'shrunk'} to {wanted}"]
+
     def encode(self, image: Image.Image, parameters: dict[str, Any] | None = None) -> bytes:
         """The file's bytes, the same for the same picture and parameters; with None it says nothing of them."""
         if self.format == "svg":

@@ -160,7 +160,7 @@ def test_an_upscaler_leaves_adapters_their_model(model, tmp_path):
     assert base_hash(tmp_path / "another") != known
 
 
-def test_size_is_drawn_as_far_as_the_model_goes(model, tmp_path):
+def test_size_is_drawn_as_far_as_the_model_goes(model, tmp_path, capsys):
     def drawn(*more: str) -> Image.Image:
         file = tmp_path / "apple.png"
         asked = ["generate", "a red apple", "-o", str(file), "--model", str(model), "--quiet", *more]
@@ -169,7 +169,13 @@ def test_size_is_drawn_as_far_as_the_model_goes(model, tmp_path):
 
     large = drawn("--width", "128", "--height", "128")
     assert drawn("--size", "128").tobytes() == large.tobytes()
+    assert "warning" not in capsys.readouterr().err
     assert drawn("--size", "200").tobytes() == large.resize((200, 200), Image.Resampling.LANCZOS).tobytes()
+    assert "warning: drawn at 128x128 and enlarged to 200x200" in capsys.readouterr().err
+    (tmp_path / "rows.txt").write_text("a red apple")
+    rows, out = str(tmp_path / "rows.txt"), str(tmp_path / "out")
+    assert main(["batch", rows, "--out", out, "--model", str(model), "--size", "16", "--quiet"]) == 0
+    assert "warning: drawn at 32x32 and shrunk to 16x16" in capsys.readouterr().err
     assert main(["generate", "x", "-o", str(tmp_path), "--model", str(model), "--width", "48"]) == 2
 
 

@@ -97,16 +97,20 @@ class Options:
 
     def run(self, pipe: DiffusionFMPipeline) -> Run:
         """The options with a model's defaults. ValueError for what it cannot draw."""
+        settings = {"negative_prompt": self.negative_prompt, **self.settings(pipe)}
+        output = {"to": self.to, **self.finish.settings()}
+        return Run(
+            self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only), pipe.settings
+        )
+
+    def settings(self, pipe: DiffusionFMPipeline) -> dict[str, Any]:
+        """Steps, guidance, height and width of rows that name none. ValueError for what the model cannot draw."""
         chosen: dict[str, Any] = {
             name: getattr(self, name) for name in ("steps", "guidance", "width", "height")
         }
         if self.size is not None and self.width is None and self.height is None:
             chosen["width"], chosen["height"] = pipe.size_for(self.size)
-        settings = {"negative_prompt": self.negative_prompt, **pipe.settings(**chosen)}
-        output = {"to": self.to, **self.finish.settings()}
-        return Run(
-            self.seed, settings, output, made_by(pipe), self.repeats, frozenset(self.only), pipe.settings
-        )
+        return pipe.settings(**chosen)
 
     def processes(self, pipe: DiffusionFMPipeline) -> tuple[int, int]:
         """How many draw at a time, as far as this machine can tell, and how many of them share a device's memory."""

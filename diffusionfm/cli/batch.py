@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def batch(args: argparse.Namespace) -> int:
     load_seconds = time.monotonic() - start
     from diffusionfm.batch import generate_batch, plan_batch
 
+    drawn = options.settings(pipe)
+    for warning in options.finish.advice((drawn["width"], drawn["height"])):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.dry_run:
         plan = plan_batch(rows, pipe, args.out, options)
         print(json.dumps(plan.report()) if args.json else plan.text())

@@ -67,6 +67,7 @@ def generate(args: argparse.Namespace) -> int:
         )
     for file, image, told in zip(files, result.images, result.told, strict=True):
         write_atomic(file, finish.encode(image, None if args.no_metadata else told))
+    result.warnings += finish.advice(result.images[0].size)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     seconds = time.monotonic() - start
