@@ -37,7 +37,7 @@ FIRST = {
     "leave out": f"{sheets.NOTHING}, outline, shadow",
     "seed": "0-3",
     "steps": "4, 8, 20",
-    "guidance": "1, 2, 4, 8",
+    "guidance": "2, 4, 7, 10",
     "strength": "0.7, 0.8, 0.9, 1",
     "weight": "0, 0.5, 1",
 }
