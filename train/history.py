@@ -66,8 +66,7 @@ def add(file: Path, report: Path, label: str, samples: int, flops: float) -> Non
     """Append a report's figures; `ValueError` where it is no sound report, or its model is there already."""
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
-        if told["sound"] is not True:
-            raise ValueError(f"its controls rank wrongly: {'; '.join(told['complaints'])}")
+        sound, complaints = told["sound"] is True, "; ".join(told["complaints"])
         protocol, model = told["protocol"], told["model"]
         entry = {
             "label": label,
@@ -84,6 +83,8 @@ def add(file: Path, report: Path, label: str, samples: int, flops: float) -> Non
         about["real"] = figures(told["lines"], "real")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{report} is no report of `diffusionfm evaluate` to keep ({error!r})") from error
+    if not sound:
+        raise ValueError(f"{report} is not kept: its controls rank wrongly: {complaints}")
     if samples <= 0 or not 0 < flops < float("inf"):
         raise ValueError(f"--samples and --flops are more than 0, not {samples} and {flops:g}")
     history = read(file)
@@ -156,7 +157,8 @@ def table(protocol: dict[str, Any], models: Sequence[dict[str, Any]]) -> str:
     lines = {LOSS: "loss"} | {line: name for line, (name, _) in SHARES.items()}
     rows = [["model", "samples", "FLOPs", *lines.values()], ["---"] * (3 + len(lines))]
     for entry in models:
-        about = [escape(entry["label"]), f"{entry['samples']:,}", f"{entry['flops']:.2g}".replace("e+", "e")]
+        label = escape(entry["label"]).replace("|", "&#124;")
+        about = [label, f"{entry['samples']:,}", f"{entry['flops']:.2g}".replace("e+", "e")]
         rows.append([*about, *(said(line, entry["figures"]) for line in lines)])
     rows.append(["real pictures", "", "", *(said(line, protocol["real"]) for line in lines)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
