@@ -157,7 +157,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_defaults(folder: Path) -> dict[str, Any]:
     """generation.json: {steps, guidance, height, width, shift}; a missing file or key takes DEFAULTS."""
     path = folder / "generation.json"
-    found = read_json(path) if path.exists() else {}
+    return check_defaults(path, read_json(path) if path.exists() else {})
+
+
+def check_defaults(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What the file at `path` tells of how to draw, over DEFAULTS; ValueError for unknown keys and bad values."""
     unknown = sorted(set(found) - set(DEFAULTS))
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}, the keys are {', '.join(DEFAULTS)}")

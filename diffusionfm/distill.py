@@ -175,8 +175,8 @@ class Strides(FlowMatching):
 
         heldout_loss: as in training, over all strides. heldout_end: mean squared distance of the two ends, where the
         student has gone all its strides by itself, over the spread of the teacher's ends."""
-        cuts, times = cuts.float(), self.cuts
         text, mask = self.read(captions)
+        cuts, times = cuts.to(text.device).float(), self.cuts.to(text.device)
         own, losses = cuts[:, 0], []
         for k in range(len(times) - 1):
             t, span = times[k].expand(len(cuts)), times[k + 1] - times[k]

@@ -103,7 +103,7 @@ class Painter:
     def adopt(self, folder: Path, fast: bool = False) -> None:
         """Check the networks that were loaded from a pipeline folder, and take its name, defaults and words.
 
-        fast: merge its few-step adapter, whose steps and guidance become the defaults.
+        fast: merge its few-step adapter, whose steps, guidance and shift become the defaults.
         Raises ValueError for weights that are damaged, and where the folder has no such adapter.
         """
         check_checksums(folder)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusionfm.checks import PICKLES, check_safetensors, read_json, told_checksum
+from diffusionfm.checks import PICKLES, check_defaults, check_safetensors, read_json, told_checksum
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_NAME, BASE_HASH = "base_model_name_or_path", "revision"  # in CONFIG, the model it was trained on
@@ -140,9 +140,10 @@ def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
     teacher, own = drawn_at.pop("teacher", ""), told_checksum(folder, "transformer")
     if teacher and own and teacher != own:
         raise ValueError(
-            f"{source} was distilled from another denoiser than the one beside it: draw without --fast, or make one "
-            "of this model with train/paths.py and train/distill.py"
+            f"{source} was distilled from another denoiser than the file beside it, or from another copy: draw without "
+            "--fast, or make one of this model with train/paths.py and train/distill.py"
         )
+    check_defaults(source / "generation.json", drawn_at)
     settings, weights = read_folder(source)["transformer"]
     _check_fit(network, source, weights)
     layers = dict(network.named_modules())

@@ -50,7 +50,7 @@ class DiffusionFMPipeline(DiffusionPipeline, Painter):
     ) -> DiffusionFMPipeline:
         """Load a pipeline folder; None is the shipped model. Nothing is downloaded, unpickled or run from it.
 
-        fast: with the folder's few-step adapter, whose steps and guidance become the defaults.
+        fast: with the folder's few-step adapter, whose steps, guidance and shift become the defaults.
         dtype: of the denoiser and text encoder, "float32", "bfloat16" or "auto" (see `default_dtype`).
         device: where to run, None the CPU. Raises ValueError, one line, for a folder that cannot be used.
         """

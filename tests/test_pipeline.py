@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffusionfm import Cancelled, DiffusionFMPipeline
+from diffusionfm.checks import SHIPPED, read_defaults
 
 
 def pixels(image) -> np.ndarray:
@@ -216,3 +217,10 @@ def test_bfloat16_draws_nearly_the_same(tiny_model, tiny_pipe):
     assert half.transformer.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
     a, b = (pixels(pipe("a red apple", guidance_scale=1.0).images[0]) for pipe in (half, tiny_pipe))
     assert abs(a - b).mean() < 10
+
+
+def test_the_shipped_scheduler_steps_where_the_sampler_does():
+    told = json.loads((SHIPPED / "scheduler" / "scheduler_config.json").read_text())
+    assert (
+        told["shift"] == read_defaults(SHIPPED)["shift"]
+    )  # others draw the same weights by diffusers' scheduler

@@ -75,3 +75,7 @@ def test_every_place_on_the_map_and_every_link_exists():
     for file, folder in names:
         name = file or folder
         assert (ROOT / name).exists() or (ROOT / "diffusionfm" / name).exists(), name
+
+
+def test_no_figure_is_still_to_be_filled_in():
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)

@@ -51,9 +51,10 @@ def main(argv: list[str] | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device), dtype="float32")
         cfg = replace(cfg, guidance=pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
-        told = {"model": pipe.fingerprint(), "drawn": drawn_by(cfg, pipe.defaults)}
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
-        pipe.transformer.to(parse_dtype(cfg.dtype) or fast)
+        dtype = parse_dtype(cfg.dtype) or fast
+        told = {"model": pipe.fingerprint(), "drawn": drawn_by(cfg, dtype, pipe.defaults)}
+        pipe.transformer.to(dtype)
         batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
@@ -69,14 +70,16 @@ def main(argv: list[str] | None = None) -> Path:
     return out
 
 
-def drawn_by(cfg: PathsConfig, defaults: dict[str, Any]) -> str:
-    """How the paths of a run are drawn, as JSON: all but how many, where, and on which device."""
+def drawn_by(cfg: PathsConfig, dtype: torch.dtype, defaults: dict[str, Any]) -> str:
+    """How the paths of a run are drawn, as JSON: all but how many, where to, and on which device."""
     told = {
         key: value
         for key, value in asdict(cfg).items()
         if key not in ("output_dir", "model", "count", "device")
     }
-    return json.dumps({**told, "shift": defaults["shift"]}, sort_keys=True)
+    for key in ("shards", "workers"):
+        del told["data"][key]
+    return json.dumps({**told, "dtype": str(dtype), "shift": defaults["shift"]}, sort_keys=True)
 
 
 def refuse_others(file: Path, told: dict[str, str]) -> None:

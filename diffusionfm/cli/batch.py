@@ -54,7 +54,7 @@ def batch(args: argparse.Namespace) -> int:
 
     drawn = options.settings(pipe)
     for warning in options.finish.advice((drawn["width"], drawn["height"])):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {warning}, where a row names no size of its own", file=sys.stderr)
     if args.dry_run:
         plan = plan_batch(rows, pipe, args.out, options)
         print(json.dumps(plan.report()) if args.json else plan.text())

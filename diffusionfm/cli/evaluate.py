@@ -60,7 +60,7 @@ def add_evaluate(commands: Any) -> None:
         "evaluate",
         evaluate,
         "judge a model by fixed prompts, beside real pictures and other controls",
-        "evaluate --out report.json                   # the shipped model, 10 to 40 minutes on two cores",
+        "evaluate --out report.json                   # the shipped model, up to 42 minutes on a core",
         "evaluate --model runs/icons/denoiser/pipeline --out report.json --quick",
     )
     command.epilog = f"{command.epilog}\n{CONVERT}"

@@ -83,7 +83,11 @@ def drawn_with(report: dict[str, Any]) -> str:
     adapter = ", with its few-step adapter" if model["fast"] else ""
     kind = "Quick protocol" if protocol["quick"] else "Protocol"
     book = f", phrasebook {escape(model['phrasebook'])}" if model["phrasebook"] else ""
-    read = f" {len(report['read_as'])} prompts were drawn as phrases of the phrasebook." if book else ""
+    read = (
+        f" {len(report['read_as'])} different prompts were drawn as phrases of the phrasebook."
+        if book
+        else ""
+    )
     return (
         f"<p>Weights {escape(model['fingerprint'])}, autoencoder {escape(model['vae_hash'])},"
         f" {model['parameters']:,} parameters; the denoiser in {escape(model['dtype'])} on {escape(model['device'])}"

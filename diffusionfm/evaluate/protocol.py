@@ -59,7 +59,7 @@ class Protocol:
 
 
 def protocol(words: dict[str, Any], assets: str, quick: bool = False) -> Protocol:
-    """The full protocol, or an even share of each of its sections that fits two minutes."""
+    """The full protocol, or an even share of each of its sections that fits a few minutes."""
     sections = {name: rule_items(name, 1000 * k) for k, name in enumerate(LINES)}
     sections["held_out"] = held_out_items(words)
     sections["taught"] = [

@@ -1,4 +1,4 @@
-"""Prompts whose truth is a phrase: words of one's own, people, and combinations that no caption holds."""
+"""Prompts whose truth is a phrase: words of one's own, people, and unseen combinations."""
 
 from __future__ import annotations
 
