@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> Path:
         out = Path(cfg.output_dir)
         out.mkdir(parents=True, exist_ok=True)
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device), dtype="float32")
-        cfg = replace(cfg, guidance=pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
+        guidance = float(pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         dtype = parse_dtype(cfg.dtype) or fast
-        told = {"model": pipe.fingerprint(), "drawn": drawn_by(cfg, dtype, pipe.defaults)}
+        told = {"model": pipe.fingerprint(), "drawn": drawn_by(replace(cfg, guidance=guidance), dtype, pipe.defaults)}
         pipe.transformer.to(dtype)
         batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> Path:
                 continue
             prompts = batches.batch(k)["caption"]
             seeds = range(cfg.seed + k * cfg.batch_size, cfg.seed + (k + 1) * cfg.batch_size)
-            cuts = teacher_path(pipe, prompts, seeds, cfg.strides, cfg.steps, cfg.guidance)
+            cuts = teacher_path(pipe, prompts, seeds, cfg.strides, cfg.steps, guidance)
             tensors = {"cuts": cuts.half().contiguous()}
             write_atomic(file, save(tensors, metadata={**told, "captions": "\n".join(prompts)}))
     return out
