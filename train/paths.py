@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> Path:
         guidance = float(pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         dtype = parse_dtype(cfg.dtype) or fast
-        told = {"model": pipe.fingerprint(), "drawn": drawn_by(replace(cfg, guidance=guidance), dtype, pipe.defaults)}
+        told = {
+            "model": pipe.fingerprint(),
+            "drawn": drawn_by(replace(cfg, guidance=guidance), dtype, pipe.defaults),
+        }
         pipe.transformer.to(dtype)
         batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
