@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -53,12 +52,14 @@ def main(argv: list[str] | None = None) -> Path:
         guidance = float(pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         dtype = parse_dtype(cfg.dtype) or fast
-        told = {
-            "model": pipe.fingerprint(),
-            "drawn": drawn_by(replace(cfg, guidance=guidance), dtype, pipe.defaults),
-        }
-        pipe.transformer.to(dtype)
         batches = caption_batches(cfg.data, cfg.batch_size, cfg.seed)
+        drawn = {
+            **{name: getattr(cfg, name) for name in ("steps", "strides", "seed", "batch_size")},
+            **{"guidance": guidance, "shift": pipe.defaults["shift"], "dtype": str(dtype)},
+            **{"styled": cfg.data.styled, "data": batches.fingerprint},
+        }
+        told = {"model": pipe.fingerprint(), "drawn": json.dumps(drawn, sort_keys=True)}
+        pipe.transformer.to(dtype)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
             file = out / f"{k:05d}.safetensors"
@@ -71,18 +72,6 @@ def main(argv: list[str] | None = None) -> Path:
             tensors = {"cuts": cuts.half().contiguous()}
             write_atomic(file, save(tensors, metadata={**told, "captions": "\n".join(prompts)}))
     return out
-
-
-def drawn_by(cfg: PathsConfig, dtype: torch.dtype, defaults: dict[str, Any]) -> str:
-    """How the paths of a run are drawn, as JSON: all but how many, where to, and on which device."""
-    told = {
-        key: value
-        for key, value in asdict(cfg).items()
-        if key not in ("output_dir", "model", "count", "device")
-    }
-    for key in ("shards", "workers"):
-        del told["data"][key]
-    return json.dumps({**told, "dtype": str(dtype), "shift": defaults["shift"]}, sort_keys=True)
 
 
 def refuse_others(file: Path, told: dict[str, str]) -> None:
