@@ -3,8 +3,9 @@
 The teacher's way from noise to picture, guidance and all, is cut into as many strides as the student has steps. At
 each cut the student learns the straight line to the next (piecewise distillation, as PeRFlow, arXiv:2405.07510, but on
 the guided teacher's own paths from noise in place of noised data). One network call a step, and no guidance is left.
+Where the student's own way has led it, the teacher tells how to go on: it learns from there too (DAgger, arXiv:1011.0686).
 
-Axes: b batch, k cuts of a path (strides + 1), c channels, y x rows and columns.
+Axes: b batch, k strides, c channels, y x rows and columns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from diffusionfm import flow, lora
 from diffusionfm.checkpoint import write_json, write_weights
 from diffusionfm.checks import told_checksum
-from diffusionfm.drawing import plan_tasks
+from diffusionfm.drawing import Painter, plan_tasks
 from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline
 
@@ -35,86 +36,89 @@ TARGETS = ["attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "modulat
 
 
 @torch.inference_mode()
-def teacher_path(
-    pipe: DiffusionFMPipeline,
+def teacher_strides(
+    pipe: Painter,
     prompts: Sequence[str],
     seeds: Sequence[int],
     strides: int,
     steps: int,
     guidance: float,
-) -> Tensor:
-    """Latents (b, k, c, y, x) at the k = strides + 1 cuts of each prompt's guided path.
+    student: Painter | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Where the strides of each prompt's guided path begin and where they end, latents (b, k, c, y, x) each.
 
+    A stride begins where the one before it ends; with a student, where that has come by itself, without guidance.
     ValueError when `steps` do not cut into equal strides."""
     if steps % strides:
         raise ValueError(f"{steps} steps of the teacher do not cut into {strides} equal strides")
     tasks = plan_tasks(list(prompts), None, list(seeds), 1)
     velocity = pipe.velocity(tasks, [float(guidance)] * len(tasks), {})
+    own = None if student is None else student.velocity(tasks, [1.0] * len(tasks), {})
+    times, each = flow.grid(steps, pipe.defaults["shift"]), steps // strides
     x = pipe.noise(seeds, pipe.defaults["height"], pipe.defaults["width"]).to(pipe.device)
-    cuts = [x]
-
-    def keep(step: int, total: int, x: Tensor, v: Tensor) -> None:
-        if step % (steps // strides) == 0:
-            cuts.append(x)
-
-    flow.euler(velocity, x, flow.grid(steps, pipe.defaults["shift"]), keep)
-    return torch.stack(cuts, 1)
+    begins, ends = [], []
+    for k in range(strides):
+        span = times[k * each : (k + 1) * each + 1]
+        begins.append(x)
+        ends.append(flow.euler(velocity, x, span))
+        x = ends[-1] if own is None else flow.euler(own, x, span[[0, -1]])
+    return torch.stack(begins, 1), torch.stack(ends, 1)
 
 
 class Paths:
     """Strides stored by `train/paths.py`: item i is {"key", "from", "to", "stride", "caption"}, latents (c, y, x).
 
-    strides: how many to a path, of the stored cuts' even share; None for all of them. held_out: the last so many
-    paths are kept apart, in `unseen`. ValueError for the paths of another model, and where the numbers do not agree.
+    folders: the first holds the teacher's own ways; its last `held_out` paths are kept apart, as begins, ends and
+    captions, in `unseen`. ValueError for the paths of another model, and where the numbers of strides differ.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], made_by: str, strides: int | None = None, held_out: int = 0
-    ):
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"no paths in {folder}: make them with train/paths.py")
-        cuts: list[Tensor] = []
-        captions: list[str] = []
-        for file in files:
-            with safe_open(file, "pt") as stored:
-                told = stored.metadata() or {}
-                if told.get("model") != made_by:
-                    raise ValueError(
-                        f"{file} holds the paths of another model: make them anew in another folder"
-                    )
-                cuts.append(stored.get_tensor("cuts"))
-            captions += told["captions"].split("\n")
-        whole = torch.cat(cuts)
-        stored_strides = whole.shape[1] - 1
-        self.strides = strides or stored_strides
-        if stored_strides % self.strides:
-            raise ValueError(
-                f"the {stored_strides} strides of the paths in {folder} do not make {self.strides}: take a divisor"
-            )
-        count = len(whole) - held_out
+    def __init__(self, folders: Sequence[str | os.PathLike[str]], made_by: str, held_out: int = 0):
+        kept: list[tuple[Tensor, Tensor, list[str]]] = []
+        for folder in folders:
+            files = sorted(Path(folder).glob("*.safetensors"))
+            if not files:
+                raise ValueError(f"no paths in {folder}: make them with train/paths.py")
+            begins, ends, captions = zip(*(_read_paths(file, made_by) for file in files), strict=True)
+            kept.append((torch.cat(begins), torch.cat(ends), [text for part in captions for text in part]))
+        begins, ends, captions = kept[0]
+        count = len(begins) - held_out
         if count < 1:
             raise ValueError(
-                f"{folder} holds {len(whole)} paths, of which {held_out} were to be held out: make more"
+                f"{folders[0]} holds {len(begins)} paths, of which {held_out} were to be held out: make more"
             )
-        whole = whole[:, :: stored_strides // self.strides]
-        self.paths, self.captions = whole[:count], captions[:count]
-        self.unseen = whole[count:], captions[count:]
+        self.unseen = begins[count:], ends[count:], captions[count:]
+        kept[0] = begins[:count], ends[:count], captions[:count]
+        self.strides = begins.shape[1]
+        for folder, (others, _, _) in zip(folders, kept, strict=True):
+            if others.shape[1] != self.strides:
+                raise ValueError(
+                    f"the paths in {folder} have {others.shape[1]} strides, those in {folders[0]} {self.strides}: "
+                    "make them alike"
+                )
+        self.begins, self.ends = (torch.cat([part[k] for part in kept]) for k in range(2))
+        self.captions = [text for part in kept for text in part[2]]
         self.fingerprint = f"{made_by} {len(self)} strides"
 
     def __len__(self) -> int:
-        return len(self.paths) * self.strides
+        return len(self.begins) * self.strides
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         path, stride = divmod(i, self.strides)
-        here, there = self.paths[path, stride : stride + 2]
         return {
             "key": f"{path}/{stride}",
-            "from": here,
-            "to": there,
+            "from": self.begins[path, stride],
+            "to": self.ends[path, stride],
             "stride": stride,
             "caption": self.captions[path],
         }
+
+
+def _read_paths(file: Path, made_by: str) -> tuple[Tensor, Tensor, list[str]]:
+    with safe_open(file, "pt") as stored:
+        told = stored.metadata() or {}
+        if told.get("model") != made_by:
+            raise ValueError(f"{file} holds the paths of another model: make them anew in another folder")
+        return stored.get_tensor("from"), stored.get_tensor("to"), told["captions"].split("\n")
 
 
 def collate_strides(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,20 +174,21 @@ class Strides(FlowMatching):
         return error.mean(), each
 
     @torch.inference_mode()
-    def validation(self, cuts: Tensor, captions: list[str]) -> dict[str, float]:
+    def validation(self, begins: Tensor, ends: Tensor, captions: list[str]) -> dict[str, float]:
         """How far the student is from the teacher on paths (b, k, c, y, x) that it did not learn.
 
         heldout_loss: as in training, over all strides. heldout_end: mean squared distance of the two ends, where the
         student has gone all its strides by itself, over the spread of the teacher's ends."""
         text, mask = self.read(captions)
-        cuts, times = cuts.to(text.device).float(), self.cuts.to(text.device)
-        own, losses = cuts[:, 0], []
+        begins, ends = (part.to(text.device).float() for part in (begins, ends))
+        times = self.cuts.to(text.device)
+        own, losses = begins[:, 0], []
         for k in range(len(times) - 1):
-            t, span = times[k].expand(len(cuts)), times[k + 1] - times[k]
-            v = self.denoiser(cuts[:, k], t, text, mask).float()
-            losses.append((v - (cuts[:, k + 1] - cuts[:, k]) / span).square().mean())
+            t, span = times[k].expand(len(begins)), times[k + 1] - times[k]
+            v = self.denoiser(begins[:, k], t, text, mask).float()
+            losses.append((v - (ends[:, k] - begins[:, k]) / span).square().mean())
             own = own + span * (v if k == 0 else self.denoiser(own, t, text, mask).float())
-        end = (own - cuts[:, -1]).square().mean() / cuts[:, -1].var()
+        end = (own - ends[:, -1]).square().mean() / ends[:, -1].var()
         return {"heldout_loss": float(torch.stack(losses).mean()), "heldout_end": float(end)}
 
     def export(self, folder: Path) -> None:

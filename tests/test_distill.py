@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from diffusionfm import flow, lora
 from diffusionfm.checks import CHECKSUMS
 from diffusionfm.data.shards import ShardWriter
-from diffusionfm.distill import Paths, Strides, collate_strides, teacher_path
+from diffusionfm.distill import Paths, Strides, collate_strides, teacher_strides
+from diffusionfm.drawing import plan_tasks
 from diffusionfm.images import read_parameters
 from diffusionfm.pipeline import DiffusionFMPipeline
 from train.distill import main
@@ -29,35 +30,52 @@ def teacher(tiny_model):
 
 
 def test_paths_are_the_samplers_own(teacher):
-    cuts = teacher_path(teacher, PROMPTS, [5, 6], strides=2, steps=4, guidance=3.0)
-    assert cuts.shape[:2] == (2, 3)
-    assert torch.equal(
-        cuts[:, 0], teacher.noise([5, 6], teacher.defaults["height"], teacher.defaults["width"])
-    )
+    begins, ends = teacher_strides(teacher, PROMPTS, [5, 6], strides=2, steps=4, guidance=3.0)
+    assert begins.shape[:2] == ends.shape[:2] == (2, 2) and torch.equal(begins[:, 1], ends[:, 0])
+    noise = teacher.noise([5, 6], teacher.defaults["height"], teacher.defaults["width"])
+    assert torch.equal(begins[:, 0], noise)
     drawn = teacher(PROMPTS, seed=[5, 6], num_inference_steps=4, guidance_scale=3.0).images
-    assert [a.tobytes() for a in teacher.finish(cuts[:, -1])] == [b.tobytes() for b in drawn]
+    assert [a.tobytes() for a in teacher.finish(ends[:, -1])] == [b.tobytes() for b in drawn]
     with pytest.raises(ValueError, match="do not cut into 3"):
-        teacher_path(teacher, PROMPTS, [5, 6], strides=3, steps=4, guidance=3.0)
+        teacher_strides(teacher, PROMPTS, [5, 6], strides=3, steps=4, guidance=3.0)
 
 
-def stored(teacher, folder, made_by):
-    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=2, steps=4, guidance=3.0)
-    save_file(
-        {"cuts": cuts}, folder / "00000.safetensors", {"model": made_by, "captions": "\n".join(PROMPTS)}
-    )
-    return cuts
+def test_the_teacher_answers_where_the_student_has_come(teacher, tiny_model):
+    asked = {"strides": 2, "steps": 4, "guidance": 3.0}
+    alone = teacher_strides(teacher, PROMPTS, [5, 6], **asked)
+    student = DiffusionFMPipeline.from_pretrained(tiny_model)
+    torch.nn.init.normal_(student.transformer.patch_out.weight, std=0.1)
+    begins, ends = teacher_strides(teacher, PROMPTS, [5, 6], **asked, student=student)
+    assert torch.equal(begins[:, 0], alone[0][:, 0]) and torch.equal(ends[:, 0], alone[1][:, 0])
+    drawn = student(PROMPTS, seed=[5, 6], num_inference_steps=2, guidance_scale=1.0).images
+    times = flow.grid(2, teacher.defaults["shift"])
+    tasks = plan_tasks(PROMPTS, None, [5, 6], 1)
+    with torch.inference_mode():
+        rest = flow.euler(student.velocity(tasks, [1.0] * 2, {}), begins[:, 1], times[1:])
+        assert [a.tobytes() for a in student.finish(rest)] == [b.tobytes() for b in drawn]
+        way = flow.euler(teacher.velocity(tasks, [3.0] * 2, {}), begins[:, 1], flow.grid(4, 1.0)[2:])
+    assert torch.equal(ends[:, 1], way) and not torch.equal(begins[:, 1], ends[:, 0])
+
+
+def stored(teacher, folder, made_by, strides=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    begins, ends = teacher_strides(teacher, PROMPTS, [1, 2], strides=strides, steps=4, guidance=3.0)
+    told = {"model": made_by, "captions": "\n".join(PROMPTS)}
+    tensors = {"from": begins.contiguous(), "to": ends.contiguous()}
+    save_file(tensors, folder / "00000.safetensors", told)
+    return begins, ends
 
 
 def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(teacher, tmp_path):
-    cuts = stored(teacher, tmp_path, "me")
+    _, ends = stored(teacher, tmp_path, "me")
     with pytest.raises(ValueError, match="another model"):
-        Paths(tmp_path, "you")
+        Paths([tmp_path], "you")
     with pytest.raises(ValueError, match="no paths"):
-        Paths(tmp_path / "nowhere", "me")
-    paths = Paths(tmp_path, "me")
+        Paths([tmp_path / "nowhere"], "me")
+    paths = Paths([tmp_path], "me")
     assert len(paths) == 4 and [paths[i]["caption"] for i in range(4)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     batch = collate_strides([paths[i] for i in range(4)])
-    assert torch.equal(batch["to"][0], cuts[0, 1]) and batch["stride"].tolist() == [0, 1, 0, 1]
+    assert torch.equal(batch["to"][0], ends[0, 0]) and batch["stride"].tolist() == [0, 1, 0, 1]
     times = flow.grid(2, teacher.defaults["shift"])
     student = Strides(teacher, 2, rank=2)
     ideal = (batch["to"] - batch["from"]) / (times[batch["stride"] + 1] - times[batch["stride"]])[
@@ -68,31 +86,29 @@ def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(
     assert float(loss) < 1e-9 and set(metrics) == {"loss_stride0", "loss_stride1"}
 
 
-def test_strides_are_joined_and_the_last_paths_kept_apart(teacher, tmp_path):
-    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=3.0)
-    save_file({"cuts": cuts}, tmp_path / "00000.safetensors", {"model": "me", "captions": "\n".join(PROMPTS)})
-    paths = Paths(tmp_path, "me", strides=2, held_out=1)
-    assert (
-        len(paths) == 2
-        and torch.equal(paths[1]["from"], cuts[0, 2])
-        and torch.equal(paths[1]["to"], cuts[0, 4])
-    )
-    unseen, captions = paths.unseen
-    assert torch.equal(unseen[0], cuts[1, ::2]) and captions == PROMPTS[1:]
-    with pytest.raises(ValueError, match="4 strides .* do not make 3"):
-        Paths(tmp_path, "me", strides=3)
+def test_folders_are_joined_and_the_last_paths_of_the_first_kept_apart(teacher, tmp_path):
+    begins, ends = stored(teacher, tmp_path / "a", "me")
+    stored(teacher, tmp_path / "b", "me")
+    paths = Paths([tmp_path / "a", tmp_path / "b"], "me", held_out=1)
+    assert len(paths) == 6 and paths.captions == [PROMPTS[0], *PROMPTS]
+    assert torch.equal(paths[1]["from"], begins[0, 1]) and torch.equal(paths[4]["to"], ends[1, 0])
+    unseen = paths.unseen
+    assert torch.equal(unseen[0], begins[1:]) and torch.equal(unseen[1], ends[1:]) and unseen[2] == PROMPTS[1:]
     with pytest.raises(ValueError, match="2 paths, of which 2"):
-        Paths(tmp_path, "me", held_out=2)
+        Paths([tmp_path / "a"], "me", held_out=2)
+    stored(teacher, tmp_path / "c", "me", strides=4)
+    with pytest.raises(ValueError, match="c have 4 strides, those in .*a 2: make them alike"):
+        Paths([tmp_path / "a", tmp_path / "c"], "me")
 
 
 def test_the_end_of_a_students_own_way_is_measured(teacher):
-    cuts = teacher_path(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=1.0)
+    begins, ends = teacher_strides(teacher, PROMPTS, [1, 2], strides=4, steps=4, guidance=1.0)
     student = Strides(teacher, 4, rank=2)  # untrained, it makes the teacher's own steps
-    same = student.validation(cuts, PROMPTS)
+    same = student.validation(begins, ends, PROMPTS)
     assert max(same.values()) < 1e-9 and set(same) == {"heldout_loss", "heldout_end"}
-    moved = cuts.clone()
+    moved = ends.clone()
     moved[:, -1] += 0.5
-    away = student.validation(moved, PROMPTS)["heldout_end"]
+    away = student.validation(begins, moved, PROMPTS)["heldout_end"]
     assert away == pytest.approx(0.25 / float(moved[:, -1].var()), rel=1e-3)
 
 
@@ -100,9 +116,8 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
     teacher.save_pretrained(tmp_path / "model")
     teacher = DiffusionFMPipeline.from_pretrained(tmp_path / "model")
     made_by = teacher.fingerprint()
-    (tmp_path / "paths").mkdir()
     stored(teacher, tmp_path / "paths", made_by)
-    paths = Paths(tmp_path / "paths", made_by)
+    paths = Paths([tmp_path / "paths"], made_by)
     batch = collate_strides([paths[i] for i in range(4)])
     student = Strides(teacher, 2, rank=2)
     assert sum(p.numel() for p in student.networks()["lora"].parameters()) < 0.3 * sum(
@@ -162,8 +177,11 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
     with ShardWriter(tmp_path / "others") as writer:
         writer.write("k0", Image.new("RGBA", (32, 32)), "a green star", {"split": "train"})
     others = f"data.shards={tmp_path / 'others'}"
+    Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=2).export(tmp_path / "run")
+    student = f"student={tmp_path / 'run'}"
+    assert len(list(draw_paths([*argv, student, f"output_dir={tmp_path / 'own'}"]).iterdir())) == 1
     assert draw_paths([*argv, "data.workers=2"])
-    for other in ("guidance=2", "strides=1", "dtype=bfloat16", "seed=5", others):
+    for other in ("guidance=2", "strides=1", "dtype=bfloat16", "seed=5", others, student):
         with pytest.raises(SystemExit):
             draw_paths([*argv, other])
         assert "drawn with other settings: give another output_dir" in capsys.readouterr().err
@@ -176,7 +194,6 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
 
 def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path, capsys):
     teacher.save_pretrained(tmp_path / "model")
-    (tmp_path / "paths").mkdir()
     stored(teacher, tmp_path / "paths", teacher.fingerprint())
     run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
     trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
@@ -184,7 +201,7 @@ def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path,
     main(
         [
             f"model={tmp_path / 'model'}",
-            f"paths={tmp_path / 'paths'}",
+            f"paths=[{tmp_path / 'paths'}]",
             "prompts=[a red circle]",
             "held_out=1",
             *told,

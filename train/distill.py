@@ -15,16 +15,16 @@ from diffusionfm.trainer import Trainer, TrainerConfig
 
 @dataclass
 class DistillConfig:
-    """Keys of a run. model: the teacher's pipeline folder, null for the shipped one. paths: what train/paths.py made.
+    """Keys of a run. model: the teacher's pipeline folder, null for the shipped one.
 
-    strides: the student's steps, null for all that the paths hold. rank: of the LoRA that the student is.
-    held_out: paths that it does not learn, to validate on. prompts: drawn for the sample grids.
+    paths: folders that train/paths.py made, the teacher's own ways first; the student makes a step of each stride.
+    rank: of the LoRA that the student is. held_out: paths of the first folder that it does not learn, to validate on.
+    prompts: drawn for the sample grids.
     """
 
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: str | None = None
-    paths: str = "runs/icons/paths"
-    strides: int | None = None
+    paths: list[str] = field(default_factory=lambda: ["runs/icons/paths"])
     rank: int = 5
     held_out: int = 64
     prompts: list[str] = field(default_factory=lambda: ["a red heart", "a cat", "a rocket", "two stars"])
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> Path:
     cfg = parse_args(DistillConfig, argv, __doc__, "python train/distill.py configs/icons/distill.yaml")
     with user_errors():
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
-        paths = Paths(cfg.paths, pipe.fingerprint(), cfg.strides, cfg.held_out)
+        paths = Paths(cfg.paths, pipe.fingerprint(), cfg.held_out)
         objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
         data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
         run = Path(cfg.trainer.output_dir)

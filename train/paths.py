@@ -15,8 +15,9 @@ from tqdm import tqdm
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import DataConfig, caption_batches
 from diffusionfm.devices import has_fast_bf16, parse_dtype, pick_device
-from diffusionfm.distill import teacher_path
+from diffusionfm.distill import teacher_strides
 from diffusionfm.images import write_atomic
+from diffusionfm.lora import merge_few_step
 from diffusionfm.pipeline import DiffusionFMPipeline
 
 
@@ -24,18 +25,20 @@ from diffusionfm.pipeline import DiffusionFMPipeline
 class PathsConfig:
     """Keys of a run. `data` is what the model was trained on, pictures or latents: its captions are the prompts.
 
-    model: pipeline folder, null for the shipped one. count: paths to make. strides: how many parts of each are kept;
-    a student may join several. steps, guidance: how the teacher draws, with null by the model's own guidance. dtype:
-    of the network; auto is bfloat16 where the processor has it, else float32.
+    model: pipeline folder, null for the shipped one. student: a run of train/distill.py, or a pipeline folder with
+    few_step in it, whose own ways the teacher answers to; null for the teacher's own. count: paths to make. strides:
+    into how many equal parts the teacher's `steps` are cut, the steps of the student. guidance: how the teacher draws,
+    null for the model's own. dtype: of the networks; auto is bfloat16 where the processor has it, else float32.
     """
 
     output_dir: str = "runs/icons/paths"
     model: str | None = None
+    student: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     count: int = 8192
     batch_size: int = 64
-    strides: int = 4
-    steps: int = 20
+    strides: int = 3
+    steps: int = 18
     guidance: float | None = None
     seed: int = 1_000_000
     dtype: str = "auto"
@@ -58,8 +61,15 @@ def main(argv: list[str] | None = None) -> Path:
             **{"guidance": guidance, "shift": pipe.defaults["shift"], "dtype": str(dtype)},
             **{"styled": cfg.data.styled, "data": batches.fingerprint},
         }
+        student = None
+        if cfg.student:
+            student = DiffusionFMPipeline.from_pretrained(cfg.model, device=pipe.device, dtype="float32")
+            merge_few_step(student.transformer, Path(cfg.student))
+            drawn["student"] = student.fingerprint()
         told = {"model": pipe.fingerprint(), "drawn": json.dumps(drawn, sort_keys=True)}
-        pipe.transformer.to(dtype)
+        for one in filter(None, (pipe, student)):
+            if one.transformer.dtype != dtype:
+                one.transformer.to(dtype)
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for k in tqdm(range(rank, -(-cfg.count // cfg.batch_size), ranks), unit="file", disable=rank > 0):
             file = out / f"{k:05d}.safetensors"
@@ -68,8 +78,8 @@ def main(argv: list[str] | None = None) -> Path:
                 continue
             prompts = batches.batch(k)["caption"]
             seeds = range(cfg.seed + k * cfg.batch_size, cfg.seed + (k + 1) * cfg.batch_size)
-            cuts = teacher_path(pipe, prompts, seeds, cfg.strides, cfg.steps, guidance)
-            tensors = {"cuts": cuts.half().contiguous()}
+            ways = teacher_strides(pipe, prompts, seeds, cfg.strides, cfg.steps, guidance, student)
+            tensors = {name: way.half() for name, way in zip(("from", "to"), ways, strict=True)}
             write_atomic(file, save(tensors, metadata={**told, "captions": "\n".join(prompts)}))
     return out
 
