@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 DTYPES = {
@@ -48,3 +50,11 @@ def pick_device(name: str = "auto") -> torch.device:
     if not found.get(kind):
         raise ValueError(f"no device {name!r} here: use {', '.join(k for k, v in found.items() if v)}")
     return torch.device(name)
+
+
+def rank_device(name: str = "auto") -> torch.device:
+    """As `pick_device`; of several GPUs, where none is numbered, the one of this process's LOCAL_RANK."""
+    device = pick_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -3,13 +3,16 @@
 The teacher's way from noise to picture, guidance and all, is cut into as many strides as the student has steps. At
 each cut the student learns the straight line to the next (piecewise distillation, as PeRFlow, arXiv:2405.07510, but on
 the guided teacher's own paths from noise in place of noised data). One network call a step, and no guidance is left.
-Where the student's own way has led it, the teacher tells how to go on: it learns from there too (DAgger, arXiv:1011.0686).
+Where the student's own way has led it, the teacher tells how to go on, and it learns that too (DAgger,
+arXiv:1011.0686).
 
 Axes: b batch, k strides, c channels, y x rows and columns.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffusionfm import flow, lora
@@ -69,17 +72,29 @@ class Paths:
     """Strides stored by `train/paths.py`: item i is {"key", "from", "to", "stride", "caption"}, latents (c, y, x).
 
     folders: the first holds the teacher's own ways; its last `held_out` paths are kept apart, as begins, ends and
-    captions, in `unseen`. ValueError for the paths of another model, and where the numbers of strides differ.
+    captions, in `unseen`. ValueError for files that are no such paths, for those of another model or another shift than
+    the pipeline's, and for folders that do not go together.
     """
 
-    def __init__(self, folders: Sequence[str | os.PathLike[str]], made_by: str, held_out: int = 0):
-        kept: list[tuple[Tensor, Tensor, list[str]]] = []
+    def __init__(
+        self, folders: Sequence[str | os.PathLike[str]], pipe: DiffusionFMPipeline, held_out: int = 0
+    ):
+        kept, drawn, digest = [], [], hashlib.sha256()
         for folder in folders:
             files = sorted(Path(folder).glob("*.safetensors"))
             if not files:
                 raise ValueError(f"no paths in {folder}: make them with train/paths.py")
-            begins, ends, captions = zip(*(_read_paths(file, made_by) for file in files), strict=True)
-            kept.append((torch.cat(begins), torch.cat(ends), [text for part in captions for text in part]))
+            parts = [read_paths(file) for file in files]
+            told = [meta for _, _, meta in parts]
+            if any(meta["model"] != pipe.fingerprint() for meta in told):
+                raise ValueError(
+                    f"{folder} holds the paths of another model: make them anew in another folder"
+                )
+            digest.update(json.dumps(told, sort_keys=True).encode())
+            drawn.append(json.loads(told[0]["drawn"]) | {"strides": parts[0][0].shape[1]})
+            captions = [text for meta in told for text in meta["captions"].split("\n")]
+            kept.append((torch.cat([x for x, _, _ in parts]), torch.cat([x for _, x, _ in parts]), captions))
+        _check_alike([str(folder) for folder in folders], drawn, pipe.defaults["shift"])
         begins, ends, captions = kept[0]
         count = len(begins) - held_out
         if count < 1:
@@ -89,15 +104,9 @@ class Paths:
         self.unseen = begins[count:], ends[count:], captions[count:]
         kept[0] = begins[:count], ends[:count], captions[:count]
         self.strides = begins.shape[1]
-        for folder, (others, _, _) in zip(folders, kept, strict=True):
-            if others.shape[1] != self.strides:
-                raise ValueError(
-                    f"the paths in {folder} have {others.shape[1]} strides, those in {folders[0]} {self.strides}: "
-                    "make them alike"
-                )
-        self.begins, self.ends = (torch.cat([part[k] for part in kept]) for k in range(2))
-        self.captions = [text for part in kept for text in part[2]]
-        self.fingerprint = f"{made_by} {len(self)} strides"
+        self.begins, self.ends = torch.cat([x for x, _, _ in kept]), torch.cat([x for _, x, _ in kept])
+        self.captions = [text for _, _, texts in kept for text in texts]
+        self.fingerprint = f"{digest.hexdigest()[:12]} {len(self)} strides"
 
     def __len__(self) -> int:
         return len(self.begins) * self.strides
@@ -113,12 +122,41 @@ class Paths:
         }
 
 
-def _read_paths(file: Path, made_by: str) -> tuple[Tensor, Tensor, list[str]]:
-    with safe_open(file, "pt") as stored:
-        told = stored.metadata() or {}
-        if told.get("model") != made_by:
-            raise ValueError(f"{file} holds the paths of another model: make them anew in another folder")
-        return stored.get_tensor("from"), stored.get_tensor("to"), told["captions"].split("\n")
+def read_paths(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """Where the strides of a file begin and end, and what it tells of them; ValueError for any other file."""
+    try:
+        with safe_open(file, "pt") as stored:
+            told = stored.metadata() or {}
+            if {"model", "drawn", "captions"} <= set(told):
+                return stored.get_tensor("from"), stored.get_tensor("to"), told
+    except SafetensorError:
+        pass
+    raise ValueError(
+        f"{file} is damaged, or no file of train/paths.py as it is now: remove it, and draw it anew"
+    )
+
+
+def _check_alike(folders: list[str], drawn: list[dict[str, Any]], shift: float) -> None:
+    """ValueError where folders of paths, drawn with these settings, cannot be learned from together."""
+    if "student" in drawn[0]:
+        raise ValueError(f"{folders[0]} holds a student's ways: name a folder of the teacher's own first")
+    if drawn[0]["shift"] != shift:
+        raise ValueError(
+            f"{folders[0]} was drawn with shift {drawn[0]['shift']:g}, the model now has {shift:g}: draw the paths anew"
+        )
+    for folder, told in zip(folders[1:], drawn[1:], strict=True):
+        for name in ("strides", "steps", "guidance", "shift"):
+            if told[name] != drawn[0][name]:
+                raise ValueError(
+                    f"{name} of {folder} is {told[name]:g}, of {folders[0]} {drawn[0][name]:g}: make them alike"
+                )
+    seeds = [told["seed"] for told in drawn]
+    for k, seed in enumerate(seeds):
+        if seed in seeds[:k]:
+            raise ValueError(
+                f"{folders[k]} and {folders[seeds.index(seed)]} have one seed, so the same captions and noise: "
+                "draw one of them with another"
+            )
 
 
 def collate_strides(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,6 +193,12 @@ class Strides(FlowMatching):
     def networks(self) -> dict[str, nn.Module]:
         """The adapter's matrices alone are trained, averaged and checkpointed."""
         return {"lora": self.lora}
+
+    def unweighted(self) -> nn.Module:
+        """The frozen denoiser, whose weights take no gradients, and the adapter."""
+        network = super().unweighted().requires_grad_(False)
+        inject_adapter_in_model(self.config, network, adapter_name=ADAPTER)
+        return network
 
     def compile_networks(self) -> None:
         """Compile the denoiser, adapter and all."""

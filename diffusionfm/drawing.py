@@ -401,9 +401,11 @@ class Painter:
     def read_as(self, prompt: str, loras: Collection[str] = ()) -> str:
         """What the model is given for a prompt: a thing in words it does not know becomes the nearest phrase it does.
 
-        loras: those at work. What they were taught no phrasebook lists, so with one a prompt is read as it is. Safe to
-        call from any thread."""
-        return prompt if self.phrasebook is None or loras else self.phrasebook.read_as(prompt)
+        Double quotes around it keep a prompt as it is, and are dropped. loras: those at work. What they were taught no
+        phrasebook lists, so with one every prompt is kept. Safe to call from any thread."""
+        if self.phrasebook is None or loras:
+            return quoted(prompt) or prompt
+        return self.phrasebook.read_as(prompt)
 
     def understood(self, tasks: Sequence[Task], loras: Collection[str] = ()) -> list[Task]:
         """The tasks with their prompts as `read_as` has them."""

@@ -1,4 +1,4 @@
-"""Flow-matching maths, shared by training and sampling: times, grids, interpolation, guidance, samplers.
+"""Flow-matching maths, shared by training and sampling: times, grids, interpolation, guidance, the sampler.
 
 One convention everywhere: t in [0, 1] and 1 is noise,
 
@@ -132,7 +132,7 @@ def held(velocity_fn: VelocityFn, known: Tensor, free: Tensor) -> VelocityFn:
     return velocity
 
 
-# ---- samplers --------------------------------------------------------------------------------------------
+# ---- the sampler -----------------------------------------------------------------------------------------
 
 
 def advance(x: Tensor, v: Tensor, t: Tensor, until: Tensor) -> Tensor:
@@ -150,20 +150,6 @@ def euler(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | N
     for i in range(total):
         v = velocity_fn(x, times[i])
         x = advance(x, v, times[i], times[i + 1])
-        if on_step is not None:
-            on_step(i + 1, total, x, v)
-    return x
-
-
-def heun(velocity_fn: VelocityFn, x: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """As `euler`, to second order: two evaluations a step, one for the last (EDM, arXiv:2206.00364)."""
-    total = len(times) - 1
-    for i in range(total):
-        step = times[i + 1] - times[i]
-        v = velocity_fn(x, times[i])
-        if i + 1 < total:
-            v = (v + velocity_fn(x + step * v, times[i + 1])) / 2
-        x = x + step * v
         if on_step is not None:
             on_step(i + 1, total, x, v)
     return x

@@ -348,12 +348,15 @@ class FlowMatching(nn.Module):
             self._empty = text[0, : int(mask.sum())]
         return self._empty
 
+    def unweighted(self) -> nn.Module:
+        """A copy of the denoiser as it is trained, to be made where tensors have shapes and no numbers."""
+        return type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
+
     @cached_property
     def _flops(self) -> float:
-        """Counted on a copy that has shapes and no numbers."""
         assert self.shapes is not None
         with torch.device("meta"):
-            network = type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
+            network = self.unweighted()
             (latent, text), t = (torch.empty(1, *shape) for shape in self.shapes), torch.empty(1)
             mask = torch.ones(text.shape[:2], dtype=torch.bool)
             return count_flops(lambda: network(latent, t, text, mask).sum().backward())

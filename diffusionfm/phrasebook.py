@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # In a model's folder: a phrase a line, and what the sentence encoder makes of each.
 FILES = ("phrases.txt", "phrases.safetensors")
 MOST = 2**20  # bytes that are read of one
-RULES = 1  # one more whenever a change makes the same book read otherwise
+RULES = 2  # one more whenever a change makes the same book read otherwise
 COMMON = 2000  # the words of most pictures' captions: a model knows these whether a phrase has them or not
 SLIP = 0.87  # likeness of spelling, as difflib has it, at which a word is taken for a slip before it is looked up
 LEAST = 0.35  # cosine below which no phrase is near
@@ -46,6 +46,8 @@ _PLACES = "(?:to the )?(?:left|right) of|above|below"
 _JOINED = re.compile(rf"( and | (?:{_PLACES}|over|under) )", re.I)
 _JOINED_TOLD = re.compile(rf"( and | (?:{_PLACES}) )", re.I)  # who jumps over a fence is not above it
 _THING = re.compile(rf"^(?:(an?|the|{'|'.join(NUMBERS)}) )?((?:(?:{_COLOR}) )*)(.+)$", re.I)
+# More of a thing than a model counts.
+_MANY = {"five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "dozen", "several", "many"}
 _HEADS = """
 animal bird building creature device drink food fruit garment insect instrument machine man person place plant
 someone something somewhere thing tool toy vegetable vehicle woman
@@ -154,9 +156,9 @@ class Phrasebook:
         """The prompt with slips of spelling mended, and each thing with a strange word in the nearest phrase's words.
 
         So is a thing told by what it does ("something that you sit on"), however well its words are known. Style,
-        ground, places, and a colour or number before a thing stay as they are. A prompt with neither, or nothing near,
-        comes back as it was; a flag too, for the nearest flag is a wrong one. A prompt in double quotes comes back
-        without them. Safe to call from any thread.
+        ground, places, and a colour or a number up to four before a thing stay as they are; more than four of a thing
+        stay as asked. A prompt with neither, or nothing near, comes back as it was; a flag too, for the nearest flag
+        is a wrong one. A prompt in double quotes comes back without them. Safe to call from any thread.
         """
         text = " ".join(prompt.split())
         if within := quoted(text):
@@ -199,6 +201,8 @@ class Phrasebook:
         spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 and not told else None
         if spelled is None:
             many, colors, name = _THING.match(thing).groups()  # type: ignore[union-attr]
+            if name.split()[0].lower() in _MANY:
+                return thing
             within = [] if told else _colors_within(name)
             if nearest := self.nearest(name) or (self.nearest(_WITHIN.sub("", name)) if within else None):
                 colors += "".join(f"{color} " for color in within if f" {color} " not in f" {nearest} ")

@@ -76,21 +76,23 @@ class Upscaling(nn.Module):
 
 @torch.no_grad()
 def upscaling_report(
-    vae: AutoencoderKL, pictures: Iterable[tuple[str, Tensor]]
+    vae: AutoencoderKL, pictures: Iterable[tuple[str, Tensor]], scale: int = Upscaler.factor
 ) -> dict[str, dict[str, float]]:
     """Judge the upscaler on labelled pictures beside Lanczos of the picture that the autoencoder gives without it.
 
-    pictures: (source, straight RGBA (4, 4y, 4x), float in [0, 1] or uint8) pairs, true renders.
+    pictures: (source, straight RGBA (4, 4y, 4x), float in [0, 1] or uint8) pairs, true renders; scale: 2 or 4, that of
+    the pictures to judge, of which the true ones are then the mean over pixels.
     Returns source -> means over its pictures, and "all": "psnr_white", "psnr_black", "alpha_error" and "edge_error",
     the mean absolute error of finite differences in premultiplied RGBA; each also with "lanczos_" before it; and
     "better", the share of pictures with a smaller edge error than Lanczos.
     """
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     for source, picture in pictures:
-        true = as_float(picture[None].to(vae.device))
-        latent = vae.encode(shrunk(true, Upscaler.factor))
-        ours = _errors(vae.decode(latent, scale=Upscaler.factor), true)
-        theirs = _errors(lanczos(vae.decode(latent)), true)
+        whole = as_float(picture[None].to(vae.device))
+        latent = vae.encode(shrunk(whole, Upscaler.factor))
+        true = whole if scale == Upscaler.factor else shrunk(whole, Upscaler.factor // scale)
+        ours = _errors(vae.decode(latent, scale=scale), true)
+        theirs = _errors(lanczos(vae.decode(latent), scale), true)
         row = {**ours, **{f"lanczos_{name}": value for name, value in theirs.items()}}
         row["better"] = float(ours["edge_error"] < theirs["edge_error"])
         rows[source].append(row)

@@ -15,6 +15,7 @@ from diffusionfm.data.shards import ShardWriter
 from diffusionfm.distill import Paths, Strides, collate_strides, teacher_strides
 from diffusionfm.drawing import plan_tasks
 from diffusionfm.images import read_parameters
+from diffusionfm.objectives import FlowMatching
 from diffusionfm.pipeline import DiffusionFMPipeline
 from train.distill import main
 from train.paths import main as draw_paths
@@ -57,22 +58,22 @@ def test_the_teacher_answers_where_the_student_has_come(teacher, tiny_model):
     assert torch.equal(ends[:, 1], way) and not torch.equal(begins[:, 1], ends[:, 0])
 
 
-def stored(teacher, folder, made_by, strides=2):
+def stored(teacher, folder, seed=1, strides=2, **other):
+    """A file of two paths, as `train/paths.py` writes it; `other` is what it tells otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
-    begins, ends = teacher_strides(teacher, PROMPTS, [1, 2], strides=strides, steps=4, guidance=3.0)
-    told = {"model": made_by, "captions": "\n".join(PROMPTS)}
+    begins, ends = teacher_strides(teacher, PROMPTS, [seed, seed + 1], strides=strides, steps=4, guidance=3.0)
+    drawn = {"seed": seed, "steps": 4, "guidance": 3.0, "shift": teacher.defaults["shift"], **other}
+    told = {"model": teacher.fingerprint(), "drawn": json.dumps(drawn), "captions": "\n".join(PROMPTS)}
     tensors = {"from": begins.contiguous(), "to": ends.contiguous()}
     save_file(tensors, folder / "00000.safetensors", told)
     return begins, ends
 
 
 def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(teacher, tmp_path):
-    _, ends = stored(teacher, tmp_path, "me")
-    with pytest.raises(ValueError, match="another model"):
-        Paths([tmp_path], "you")
+    _, ends = stored(teacher, tmp_path)
     with pytest.raises(ValueError, match="no paths"):
-        Paths([tmp_path / "nowhere"], "me")
-    paths = Paths([tmp_path], "me")
+        Paths([tmp_path / "nowhere"], teacher)
+    paths = Paths([tmp_path], teacher)
     assert len(paths) == 4 and [paths[i]["caption"] for i in range(4)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     batch = collate_strides([paths[i] for i in range(4)])
     assert torch.equal(batch["to"][0], ends[0, 0]) and batch["stride"].tolist() == [0, 1, 0, 1]
@@ -84,21 +85,58 @@ def test_a_stride_made_right_has_no_loss_and_paths_of_another_model_are_refused(
     student.denoiser.forward = lambda x, t, text, mask: ideal
     loss, metrics = student(batch)
     assert float(loss) < 1e-9 and set(metrics) == {"loss_stride0", "loss_stride1"}
+    teacher.transformer.patch_out.bias.data += 1
+    with pytest.raises(ValueError, match="another model"):
+        Paths([tmp_path], teacher)
 
 
 def test_folders_are_joined_and_the_last_paths_of_the_first_kept_apart(teacher, tmp_path):
-    begins, ends = stored(teacher, tmp_path / "a", "me")
-    stored(teacher, tmp_path / "b", "me")
-    paths = Paths([tmp_path / "a", tmp_path / "b"], "me", held_out=1)
+    begins, ends = stored(teacher, tmp_path / "a")
+    stored(teacher, tmp_path / "b", seed=3)
+    paths = Paths([tmp_path / "a", tmp_path / "b"], teacher, held_out=1)
     assert len(paths) == 6 and paths.captions == [PROMPTS[0], *PROMPTS]
-    assert torch.equal(paths[1]["from"], begins[0, 1]) and torch.equal(paths[4]["to"], ends[1, 0])
+    assert torch.equal(paths[1]["from"], begins[0, 1]) and torch.equal(paths[3]["from"], paths.begins[1, 1])
     unseen = paths.unseen
-    assert torch.equal(unseen[0], begins[1:]) and torch.equal(unseen[1], ends[1:]) and unseen[2] == PROMPTS[1:]
+    assert (
+        torch.equal(unseen[0], begins[1:]) and torch.equal(unseen[1], ends[1:]) and unseen[2] == PROMPTS[1:]
+    )
     with pytest.raises(ValueError, match="2 paths, of which 2"):
-        Paths([tmp_path / "a"], "me", held_out=2)
-    stored(teacher, tmp_path / "c", "me", strides=4)
-    with pytest.raises(ValueError, match="c have 4 strides, those in .*a 2: make them alike"):
-        Paths([tmp_path / "a", tmp_path / "c"], "me")
+        Paths([tmp_path / "a"], teacher, held_out=2)
+    stored(teacher, tmp_path / "b", seed=5)
+    assert Paths([tmp_path / "a", tmp_path / "b"], teacher, held_out=1).fingerprint != paths.fingerprint
+
+
+def test_folders_that_do_not_go_together_are_refused(teacher, tmp_path):
+    stored(teacher, tmp_path / "a")
+    stored(teacher, tmp_path / "c", seed=3, strides=4)
+    stored(teacher, tmp_path / "d", seed=3, guidance=5.0)
+    stored(teacher, tmp_path / "e")
+    stored(teacher, tmp_path / "f", student="0123456789ab")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "00000.safetensors").write_bytes(b"cut short")
+    for folders, why in {
+        "ac": "strides of .*c is 4, of .*a 2: make them alike",
+        "ad": "guidance of .*d is 5, of .*a 3: make them alike",
+        "ae": "e and .*a have one seed",
+        "fa": "f holds a student's ways",
+        "ag": "00000.safetensors is damaged, or no file of train/paths.py",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            Paths([tmp_path / name for name in folders], teacher)
+    teacher.defaults["shift"] = 2.0
+    with pytest.raises(ValueError, match="drawn with shift 1, the model now has 2"):
+        Paths([tmp_path / "a"], teacher)
+
+
+def test_only_what_the_student_computes_counts(teacher):
+    """The frozen denoiser's weights take no gradients: a third of a full backward and forward is spared."""
+    student, whole = (
+        Strides(teacher, 2, rank=2),
+        FlowMatching(teacher.transformer, teacher.text_encoder, teacher.tokenizer),
+    )
+    for one in (student, whole):
+        one.shapes = torch.Size((4, 4, 4)), torch.Size((4, teacher.transformer.config.text_dim))
+    assert 0.6 < student.flops_per_sample / whole.flops_per_sample < 0.95
 
 
 def test_the_end_of_a_students_own_way_is_measured(teacher):
@@ -115,9 +153,8 @@ def test_the_end_of_a_students_own_way_is_measured(teacher):
 def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_path):
     teacher.save_pretrained(tmp_path / "model")
     teacher = DiffusionFMPipeline.from_pretrained(tmp_path / "model")
-    made_by = teacher.fingerprint()
-    stored(teacher, tmp_path / "paths", made_by)
-    paths = Paths([tmp_path / "paths"], made_by)
+    stored(teacher, tmp_path / "paths")
+    paths = Paths([tmp_path / "paths"], teacher)
     batch = collate_strides([paths[i] for i in range(4)])
     student = Strides(teacher, 2, rank=2)
     assert sum(p.numel() for p in student.networks()["lora"].parameters()) < 0.3 * sum(
@@ -181,6 +218,9 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
     student = f"student={tmp_path / 'run'}"
     assert len(list(draw_paths([*argv, student, f"output_dir={tmp_path / 'own'}"]).iterdir())) == 1
     assert draw_paths([*argv, "data.workers=2"])
+    with pytest.raises(SystemExit):
+        draw_paths([*argv, student, "steps=3", "strides=3", f"output_dir={tmp_path / 'three'}"])
+    assert "learned steps 2, these paths are of {'steps': 3" in capsys.readouterr().err
     for other in ("guidance=2", "strides=1", "dtype=bfloat16", "seed=5", others, student):
         with pytest.raises(SystemExit):
             draw_paths([*argv, other])
@@ -194,7 +234,7 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
 
 def test_sample_sheets_of_the_student_do_not_name_the_teacher(teacher, tmp_path, capsys):
     teacher.save_pretrained(tmp_path / "model")
-    stored(teacher, tmp_path / "paths", teacher.fingerprint())
+    stored(teacher, tmp_path / "paths")
     run, trainer = tmp_path / "run", {"steps": 1, "batch_size": 2, "warmup": 0, "sample_every": 1}
     trainer |= {"output_dir": tmp_path / "run", "device": "cpu", "tracker": "none"}
     told = [f"trainer.{key}={value}" for key, value in trainer.items()]

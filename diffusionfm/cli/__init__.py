@@ -1,7 +1,7 @@
 """The `diffusionfm` command. Arguments are checked before anything heavy is imported.
 
-Exit codes: 0 done, 1 some pictures of a batch failed or shards are damaged, 2 a mistake in the call (one line
-`error: ...` says how to mend it), 130 interrupted.
+Exit codes: 0 done, 1 some pictures of a batch failed, shards are damaged or a scorecard is unsound, 2 a mistake in the
+call (one line `error: ...` says how to mend it), 130 interrupted.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Bench:
     def column(self, views: dict[str, Views], items: dict[str, list[Item]]) -> Column:
         """Every figure, but those of the rules, that sections of pictures give.
 
-        A control has no unseen combinations: its copies are counted once, among the held-out, and stand for all.
+        Where there are no unseen combinations, copies are counted once, among the held-out, and stand for all.
         """
         found: Column = {}
         for section in RECOGNISED:

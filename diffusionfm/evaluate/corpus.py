@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from diffusionfm.data.icons.compose import SOURCE
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.evaluate.describe import Described, Eye
 from diffusionfm.images import write_atomic
@@ -19,7 +20,9 @@ TOLD = ("phrase", "source", "split", "caption", "background")
 
 @dataclass
 class Corpus:
-    """Pictures without a drawn background: row i of `seen` is sample `numbers[i]` of the shards, told by `rows[i]`."""
+    """Pictures without a drawn background, and no compositions.
+
+    Row i of `seen` is sample `numbers[i]` of the shards, told by `rows[i]`."""
 
     seen: Described
     rows: list[dict[str, Any]]
@@ -34,7 +37,7 @@ def read_corpus(shards: str | Path, cache: Path, chunk: int = 2048) -> Corpus:
     """Describe the corpus, or read what an earlier call left in `cache`; a call that was stopped goes on."""
     dataset = ShardDataset(shards)
     told = [dict(zip(TOLD, row, strict=True)) for row in dataset.columns(*TOLD)]
-    numbers = [i for i, row in enumerate(told) if not row["background"]]
+    numbers = [i for i, row in enumerate(told) if not row["background"] and row["source"] != SOURCE]
     folder = cache / dataset.fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
     eye: Eye | None = None

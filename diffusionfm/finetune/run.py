@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from diffusionfm.data.folder import PictureDataset, first_samples, some
 from diffusionfm.data.language import UNTOLD
 from diffusionfm.data.order import Batches
 from diffusionfm.data.preflight import Preflight
-from diffusionfm.devices import pick_device
+from diffusionfm.devices import rank_device
 from diffusionfm.finetune import pictures
 from diffusionfm.finetune.export import load_back
 from diffusionfm.finetune.judge import Judge
@@ -164,7 +163,9 @@ def _run(
         report, found = pictures.look_through(folder, size, cfg.captions, cfg.data, say)
         dataset = PictureDataset(report, found, size, cfg.captions)
         shown = first_samples(dataset.pictures, size)
-        pipe = DiffusionFMPipeline.from_pretrained(source, dtype="float32", device=_device(cfg))
+        pipe = DiffusionFMPipeline.from_pretrained(
+            source, dtype="float32", device=rank_device(cfg.trainer.device)
+        )
         pipe.phrasebook = None  # words are read as they are, for it is words that are taught
         _say_language(report, say)
         known = {"base": pipe.base_hash, **cfg.signature()}
@@ -190,12 +191,6 @@ def _say_language(report: Preflight, say: Say) -> None:
     likely = max(told, key=lambda language: told[language], default="English")
     if likely != "English":
         say(f"the captions are likely {likely}: the shipped model was taught English ones and reads no other")
-
-
-def _device(cfg: FinetuneConfig) -> torch.device:
-    """Where the run takes place; of several GPUs this rank's."""
-    device = pick_device(cfg.trainer.device)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.type == "cuda" else device
 
 
 def _ended(out: Path, cfg: FinetuneConfig) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from diffusionfm.checkpoint import weights_hash
 from diffusionfm.data.training import captions_of, stack_pixels
-from diffusionfm.devices import has_fast_bf16
+from diffusionfm.devices import has_fast_bf16, rank_device
 from diffusionfm.encoders import load_text, load_vae
 from diffusionfm.features import join_captions
 from diffusionfm.text import encode_prompts
@@ -55,7 +54,7 @@ class Encoder:
 
     def __init__(self, cfg: EncoderConfig) -> None:
         self.cfg, self.dtype = cfg, DTYPES[cfg.dtype]
-        self.device = own_device() if cfg.device == "auto" else torch.device(cfg.device)
+        self.device = rank_device(cfg.device)
         self.vae = load_vae(cfg.vae).to(self.device)
         self.made_by = {"vae": weights_hash(self.vae), "text": None, "dtype": cfg.dtype}
         if cfg.text_encoder:
@@ -122,10 +121,3 @@ def text_hash(text_encoder: torch.nn.Module, tokenizer: Any) -> str:
         rules.pop(state, None)
     words = json.dumps([weights_hash(text_encoder), rules, tokenizer.model_max_length], sort_keys=True)
     return hashlib.sha256(words.encode()).hexdigest()[:12]
-
-
-def own_device() -> torch.device:
-    """This process's GPU, by its LOCAL_RANK, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
