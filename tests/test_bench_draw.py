@@ -19,6 +19,21 @@ def test_the_rival_draws_the_same_picture(tiny_pipe, monkeypatch):
     assert abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
+def test_the_rival_shifts_its_times_as_ours_does(pipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    by_diffusers = importlib.import_module("draw").by_diffusers
+    unshifted = pipe("a red apple", num_inference_steps=3, guidance_scale=3.0).images[0]
+    pipe.defaults["shift"], pipe.scheduler = 2.0, type(pipe.scheduler)(shift=2.0)
+    ours, theirs = (
+        np.asarray(one, dtype=int)
+        for one in (
+            pipe("a red apple", num_inference_steps=3, guidance_scale=3.0).images[0],
+            by_diffusers(pipe, "a red apple", 3, 3.0),
+        )
+    )
+    assert abs(ours - theirs).max() <= 1 < abs(ours - np.asarray(unshifted, dtype=int)).max()
+
+
 def test_it_counts_calls_and_products(tiny_model, tmp_path):
     out = tmp_path / "rows.json"
     command = [sys.executable, FOLDER / "draw.py", "--device", "cpu", "--model", tiny_model, "--json", out]

@@ -25,4 +25,7 @@ def test_the_server_is_loaded(tiny_model):
     )
     assert row["wrong"] == 0 and row["good"] > 0 and row["bad"] > 0 and row["hung up"] > 0
     assert row["descriptors at the end"] <= row["descriptors"] + 2
-    assert row["memory grew"] == pytest.approx(row["MiB at the end"] / row["MiB"] - 1)
+    assert (
+        row["memory grew"] == pytest.approx(row["MiB at the end"] / row["MiB"] - 1)
+        and row["memory grew"] < 0.3
+    )

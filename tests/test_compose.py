@@ -10,7 +10,15 @@ from PIL import Image
 
 from diffusionfm.data.icons import load_corpus_config
 from diffusionfm.data.icons.compose import NUMBERS, ComposeConfig, Composer, countable, read_reserved
-from diffusionfm.evaluate.rules import LINES, Scene, has_background, has_binding, has_count, has_relation
+from diffusionfm.evaluate.rules import (
+    LINES,
+    Scene,
+    has_background,
+    has_binding,
+    has_count,
+    has_ink,
+    has_relation,
+)
 from diffusionfm.phrasing import plural
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +36,11 @@ def compose(count: int, kind: str, reserved: str | None = None):
     return list(composer.samples())
 
 
+LEFT, RIGHT = ("left of", "to the left of"), ("right of", "to the right of")
+ABOVE, BELOW = ("above", "over"), ("below", "under")
+SAID = {"left of": (LEFT, RIGHT), "right of": (RIGHT, LEFT), "above": (ABOVE, BELOW), "below": (BELOW, ABOVE)}
+
+
 def things(*named: str) -> tuple[tuple[str, str], ...]:
     return tuple((color, shape) for color, _, shape in (name.partition(" ") for name in named))
 
@@ -38,6 +51,8 @@ def test_as_many_as_the_caption_says():
         word = caption.split()[0]
         number = NUMBERS.index(word) + 1 if word in NUMBERS else 1
         seen.add(number)
+        if number > 1:
+            assert meta["captions"][1].startswith(f"{number} {caption.split(' ', 1)[1]}")
         if meta["background"] is None:
             assert has_count(np.asarray(picture), Scene(((None, "thing"),) * number)), caption
     assert seen == {1, 2, 3, 4}
@@ -53,8 +68,20 @@ def test_where_the_caption_says(words):
             continue
         judged += 1
         assert has_relation(np.asarray(picture), Scene(pair, relation=words)), caption
-        assert meta["captions"][-1].startswith(second)  # the same picture from the other side
+        here, back = SAID[words]  # and the same picture from the other side
+        told = [f"{first} {way} {second}" for way in here] + [f"{second} {way} {first}" for way in back]
+        assert meta["captions"] == told
     assert judged >= 3
+
+
+def test_a_shape_alone_is_in_the_colour_named():
+    judged = 0
+    for _, picture, caption, meta in compose(40, "shape"):
+        told = things(caption.split(" on a")[0].split(" ", 1)[1])
+        if meta["background"] is None and told[0][1]:
+            judged += 1
+            assert has_ink(np.asarray(picture), Scene(told)), caption
+    assert judged >= 10
 
 
 def test_each_colour_on_its_own_shape():

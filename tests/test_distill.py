@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from diffusionfm import flow, lora
 from diffusionfm.checks import CHECKSUMS
 from diffusionfm.data.shards import ShardWriter
-from diffusionfm.distill import Paths, Strides, collate_strides, teacher_strides
+from diffusionfm.distill import Paths, Strides, collate_strides, read_paths, teacher_strides
 from diffusionfm.drawing import plan_tasks
 from diffusionfm.images import read_parameters
 from diffusionfm.objectives import FlowMatching
@@ -27,6 +27,7 @@ PROMPTS = ["a red circle", "a blue square"]
 def teacher(tiny_model):
     pipe = DiffusionFMPipeline.from_pretrained(tiny_model)
     torch.nn.init.normal_(pipe.transformer.patch_out.weight, std=0.2)  # an untrained one goes nowhere
+    pipe.defaults["shift"] = 2.0
     return pipe
 
 
@@ -45,6 +46,7 @@ def test_the_teacher_answers_where_the_student_has_come(teacher, tiny_model):
     asked = {"strides": 2, "steps": 4, "guidance": 3.0}
     alone = teacher_strides(teacher, PROMPTS, [5, 6], **asked)
     student = DiffusionFMPipeline.from_pretrained(tiny_model)
+    student.defaults["shift"] = 2.0
     torch.nn.init.normal_(student.transformer.patch_out.weight, std=0.1)
     begins, ends = teacher_strides(teacher, PROMPTS, [5, 6], **asked, student=student)
     assert torch.equal(begins[:, 0], alone[0][:, 0]) and torch.equal(ends[:, 0], alone[1][:, 0])
@@ -54,7 +56,7 @@ def test_the_teacher_answers_where_the_student_has_come(teacher, tiny_model):
     with torch.inference_mode():
         rest = flow.euler(student.velocity(tasks, [1.0] * 2, {}), begins[:, 1], times[1:])
         assert [a.tobytes() for a in student.finish(rest)] == [b.tobytes() for b in drawn]
-        way = flow.euler(teacher.velocity(tasks, [3.0] * 2, {}), begins[:, 1], flow.grid(4, 1.0)[2:])
+        way = flow.euler(teacher.velocity(tasks, [3.0] * 2, {}), begins[:, 1], flow.grid(4, 2.0)[2:])
     assert torch.equal(ends[:, 1], way) and not torch.equal(begins[:, 1], ends[:, 0])
 
 
@@ -123,8 +125,8 @@ def test_folders_that_do_not_go_together_are_refused(teacher, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=why):
             Paths([tmp_path / name for name in folders], teacher)
-    teacher.defaults["shift"] = 2.0
-    with pytest.raises(ValueError, match="drawn with shift 1, the model now has 2"):
+    teacher.defaults["shift"] = 3.0
+    with pytest.raises(ValueError, match="drawn with shift 2, the model now has 3"):
         Paths([tmp_path / "a"], teacher)
 
 
@@ -144,6 +146,16 @@ def test_the_end_of_a_students_own_way_is_measured(teacher):
     student = Strides(teacher, 4, rank=2)  # untrained, it makes the teacher's own steps
     same = student.validation(begins, ends, PROMPTS)
     assert max(same.values()) < 1e-9 and set(same) == {"heldout_loss", "heldout_end"}
+    batch = [
+        {"key": "", "from": begins[i, k], "to": ends[i, k], "stride": k, "caption": text}
+        for i, text in enumerate(PROMPTS)
+        for k in range(4)
+    ]
+    assert float(student(collate_strides(batch))[0].detach()) < 1e-9  # in training as well
+    other = begins.clone()
+    other[:, 1:] += 0.1
+    apart = student.validation(other, ends, PROMPTS)  # its own way does not begin there
+    assert apart["heldout_end"] == same["heldout_end"] and apart["heldout_loss"] > 1e-3
     moved = ends.clone()
     moved[:, -1] += 0.5
     away = student.validation(begins, moved, PROMPTS)["heldout_end"]
@@ -169,7 +181,7 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
     assert float(student(batch)[0].detach()) < 0.7 * before
     student.export(tmp_path / "model")
     told = json.loads((tmp_path / "model" / lora.FEW_STEP / "generation.json").read_text())
-    assert told == {"steps": 2, "guidance": 1.0, "shift": 1.0, "teacher": student.teacher} and student.teacher
+    assert told == {"steps": 2, "guidance": 1.0, "shift": 2.0, "teacher": student.teacher} and student.teacher
     live = teacher(PROMPTS, seed=3, num_inference_steps=2, guidance_scale=1.0).images
     fast = DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True)
     assert (
@@ -200,13 +212,13 @@ def test_an_adapter_is_refused_beside_another_denoiser_than_its_teacher(teacher,
     assert DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True).fast
 
 
-def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp_path, capsys):
+def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp_path, capsys, monkeypatch):
     with ShardWriter(tmp_path / "shards") as writer:
         for i, prompt in enumerate(PROMPTS):
             writer.write(f"k{i}", Image.new("RGBA", (32, 32)), prompt, {"split": "train"})
     teacher.save_pretrained(tmp_path / "model")
     told = {"model": tmp_path / "model", "output_dir": tmp_path / "paths", "data.shards": tmp_path / "shards"}
-    told |= {"count": 2, "batch_size": 2, "steps": 2, "strides": 2, "dtype": "float32"}
+    told |= {"count": 2, "batch_size": 2, "steps": 2, "strides": 2, "dtype": "float32", "guidance": 3.0}
     argv = [f"{key}={value}" for key, value in told.items()]
     (file,) = draw_paths(argv).iterdir()
     before = file.stat().st_mtime_ns
@@ -214,9 +226,23 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
     with ShardWriter(tmp_path / "others") as writer:
         writer.write("k0", Image.new("RGBA", (32, 32)), "a green star", {"split": "train"})
     others = f"data.shards={tmp_path / 'others'}"
-    Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=2).export(tmp_path / "run")
+    learned = Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=2)
+    torch.nn.init.normal_(next(p for name, p in learned.lora.items() if "lora_B" in name), std=0.5)
+    learned.export(tmp_path / "run")
     student = f"student={tmp_path / 'run'}"
     assert len(list(draw_paths([*argv, student, f"output_dir={tmp_path / 'own'}"]).iterdir())) == 1
+    model, fast = (DiffusionFMPipeline.from_pretrained(tmp_path / "model") for _ in range(2))
+    lora.merge_few_step(fast.transformer, tmp_path / "run")
+    for name, seed, who in (("paths/00001", 1_000_002, None), ("own/00000", 1_000_000, fast)):
+        begins, ends, said = read_paths(tmp_path / f"{name}.safetensors")
+        wanted = teacher_strides(model, said["captions"].split("\n"), range(seed, seed + 2), 2, 2, 3.0, who)
+        assert torch.equal(begins, wanted[0].half()) and torch.equal(ends, wanted[1].half())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (shared,) = draw_paths([*argv, "count=4", f"output_dir={tmp_path / 'shared'}"]).iterdir()
+    assert shared.name == "00001.safetensors"
+    assert torch.equal(read_paths(shared)[1], read_paths(tmp_path / "paths" / shared.name)[1])
+    monkeypatch.undo()
     assert draw_paths([*argv, "data.workers=2"])
     with pytest.raises(SystemExit):
         draw_paths([*argv, student, "steps=3", "strides=3", f"output_dir={tmp_path / 'three'}"])

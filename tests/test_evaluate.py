@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from diffusionfm.evaluate.controls import (
     rule_columns,
 )
 from diffusionfm.evaluate.describe import Eye, coarse_copy
-from diffusionfm.evaluate.drawn import counterfactual
+from diffusionfm.evaluate.drawn import counterfactual, draw_scene
 from diffusionfm.evaluate.efficientnet import SHA256, WIDTH, read_weights
 from diffusionfm.evaluate.fit import fit_maps
 from diffusionfm.evaluate.inception import Inception, load_inception
@@ -41,6 +42,7 @@ from diffusionfm.evaluate.page import repeats
 from diffusionfm.evaluate.protocol import protocol
 from diffusionfm.evaluate.rules import LINES, OPPOSITES, RULES, SAMPLES, has_relation, is_transparent, largest
 from diffusionfm.evaluate.scorecard import evaluate, fid
+from diffusionfm.text import encode_prompts
 from train.history import FILE as HISTORY
 from train.history import read
 
@@ -152,6 +154,59 @@ def test_autoencoder_and_loss_figures(tiny_pipe, assets):
         "loss_t0.95",
     }
     assert loss["loss"]["mean"] == pytest.approx(np.mean([loss[k]["mean"] for k in loss if k != "loss"]))
+    with torch.inference_mode():
+        x0 = tiny_pipe.vae.encode(pictures[:16])
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        text, mask, _ = encode_prompts(tiny_pipe.tokenizer, tiny_pipe.text_encoder, captions[:16])
+        v = tiny_pipe.transformer(0.9 * x0 + 0.1 * noise, torch.full((16,), 0.1), text, mask)
+        by_hand = (v - (noise - x0)).square().mean().item()
+    assert loss_lines(tiny_pipe, pictures[:16], captions[:16])["loss_t0.1"]["mean"] == pytest.approx(
+        by_hand, rel=1e-4
+    )
+    assert loss_lines(tiny_pipe, pictures, ["two blue stars"] * 24)["loss_t0.1"] != loss["loss_t0.1"]
+
+
+def test_women_and_men_are_told_apart():
+    near = ["woman teacher", "man", "person", "boy", "woman", "doctor"]
+    judge = SimpleNamespace(nearest=lambda views: near, only=lambda words: judge)
+    row = lines.people(judge, None, ["a teacher"] * 6, ())["a teacher"]
+    assert (row["woman"]["right"], row["man"]["right"], row["pictures"]) == (2, 2, 6)
+    apart = lines.people(judge, None, ["a", "b"] * 3, ())
+    assert [apart[name]["woman"]["right"] for name in "ab"] == [2, 0]
+
+
+def test_lines_say_which_way_is_better_and_stand_beside_real_pictures():
+    share = {"share": 0.3, "low": 0.2, "high": 0.4}
+    figures = {
+        "recognised.taught.first": share,
+        "rules.count": share,
+        "loss": {"mean": 1.0},
+        "copies.unseen.pixels": share,
+    }
+    found = scorecard.rows({"model": figures, "real": {"recognised.taught.first": share | {"share": 0.6}}})
+    assert found["recognised.taught.first"]["of_real"] == 0.5 and "of_real" not in found["rules.count"]
+    better = {name: line["better"] for name, line in found.items()}
+    assert better == {
+        name: "lower" if name in ("loss", "copies.unseen.pixels") else "higher" for name in figures
+    }
+
+
+def test_a_picture_is_right_when_all_its_rules_hold_or_it_is_recognised_first(bench):
+    plan = bench.protocol
+    item = plan.items[plan.numbers("relation")[0]]
+    good, bad = (
+        draw_scene(item.scene, size=128),
+        draw_scene(counterfactual("relation", item.scene, 0), size=128),
+    )
+    assert scorecard.is_right(bench.judge, item, good, None) and not scorecard.is_right(
+        bench.judge, item, bad, None
+    )
+    view, near = bench.blank, bench.judge.nearest(bench.blank)[0]
+    asked = dataclasses.replace(plan.items[plan.numbers("taught")[0]], truth=near)
+    assert scorecard.is_right(bench.judge, asked, good, view) is True
+    order = (view.meaning @ bench.judge.places.T)[0].argsort()[::-1]
+    second = dataclasses.replace(asked, truth=bench.judge.phrases[order[1]])
+    assert scorecard.is_right(bench.judge, second, good, view) is False
 
 
 # ------------------------------------------------------------------ the instrument judged
@@ -386,7 +441,9 @@ def test_fid_compares_equal_numbers_of_pictures(inception, bench, monkeypatch):
     found = fid(load_inception(inception), bench, pictures)
     real = found["real"]
     assert (
-        found["model"] == real and real["of"] == 3 and real["distance"] > 0
+        found["model"]["distance"] == pytest.approx(real["distance"], rel=1e-3)
+        and real["of"] == 3
+        and real["distance"] > 0
     )  # drawn as well as real ones are
     again = fid(load_inception(inception), bench, [Image.new("RGBA", (8, 8), "red")] * 46)
     assert again["real"] == real and again["model"]["distance"] > real["distance"]

@@ -48,8 +48,16 @@ def own_words(monkeypatch):
     monkeypatch.setattr(building, "PEOPLE_WORDS", ("black star",))
 
 
-def test_the_assets_are_whole_and_the_same_again(shards, own_words, tmp_path):
+def test_the_assets_are_whole_and_the_same_again(shards, own_words, tmp_path, monkeypatch):
+    fitted = []
+    fit = building.fit_maps
+    monkeypatch.setattr(
+        building,
+        "fit_maps",
+        lambda pictures, *rest, **more: fitted.append(len(pictures)) or fit(pictures, *rest, **more),
+    )
     told = building.build(str(shards), tmp_path / "one", tmp_path / "cache")
+    assert fitted == [30]  # those that the judge is tried on are kept out of its fit
     assert told["held_out"] == told["reference"] == 10 and told["training_pictures"] == 60
     assert told["copies_found"]["pixels"] > 0.9
     again = building.build(str(shards), tmp_path / "two", tmp_path / "cache")

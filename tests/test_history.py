@@ -174,3 +174,5 @@ def test_the_readme_shows_the_tables_of_the_history_that_is_kept():
     assert len(kept["protocols"]) >= 1
     for name in kept["protocols"]:
         assert table(*of_protocol(kept, name)) in readme
+    drawn = FILE.with_suffix(".svg").read_text(encoding="utf-8")
+    assert any(drawn == drawing(*of_protocol(kept, name)) for name in kept["protocols"])

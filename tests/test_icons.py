@@ -201,9 +201,10 @@ def test_shape_samples_say_what_they_show():
         corner = picture.getpixel((0, 0))
         background, shape = meta["background"], meta["phrase"].split()[-1]
         assert caption == meta["captions"][0] and shape in SHAPES and meta["ink"] in caption
-        assert corner[3] == 0 or background and corner[:3] == rgb(background)
+        assert corner == (*rgb(background), 255) if background else corner[3] == 0
         assert all(("background" in text) == bool(background) for text in meta["captions"])
         splits.setdefault(meta["phrase"], set()).add(meta["split"])
+    assert {bool(meta["background"]) for *_, meta in samples} == {True, False}
     assert all(len(found) == 1 for found in splits.values())
     held = sum("heldout" in found for found in splits.values())
     assert 0.03 < held / len(splits) < 0.2

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build_tiny_pipeline
+from test_wordnet import unpacked
 
 from diffusionfm.data.icons.wordnet import Sense
 from diffusionfm.paraphrase import Paraphrasing, Reading, Texts, collate_texts, is_kept_back, match
 from diffusionfm.text import encode_prompts
+from diffusionfm.trainer import TrainerConfig
+from train import paraphrase as recipe
 
 CAPTIONS = ["a red circle", "a blue square", "a yellow star"]
+
+
+@pytest.fixture
+def wordnet_folder(tmp_path):
+    return unpacked(tmp_path / "wordnet")
 
 
 @pytest.fixture
@@ -54,6 +63,28 @@ def test_words_go_to_the_phrase_that_means_the_same_or_to_none():
     }
     kept = [is_kept_back(f"text {k}", 0.1) for k in range(2000)]
     assert 150 < sum(kept) < 250 and kept[:9] == [is_kept_back(f"text {k}", 0.1) for k in range(9)]
+
+
+def test_what_judges_the_model_is_no_other_word(wordnet_folder, tmp_path, monkeypatch):
+    (tmp_path / "reserved.txt").write_text("a polecat\na motor vehicle with four wheels\n")
+    (tmp_path / "corpus.yaml").write_text("")
+    corpus = SimpleNamespace(
+        packages={"wordnet": {"manager": "debian", "name": "w", "version": "1"}},
+        synonyms={"package": "wordnet", "reserved": tmp_path / "reserved.txt"},
+    )
+    monkeypatch.setattr(recipe, "load_corpus_config", lambda path: corpus)
+    monkeypatch.setattr(recipe, "fetch", lambda package: wordnet_folder)
+    monkeypatch.setattr(recipe, "SentenceTeacher", lambda: lambda texts: torch.ones(len(texts), 1))
+    cfg = recipe.ParaphraseConfig(TrainerConfig(output_dir=str(tmp_path / "run")), least=0.5)
+    pairs = recipe.other_words(cfg, ["skunk"], held_out={"taxi"})
+    texts = {text for text, _ in pairs}
+    assert {"a cab", "an auto", "an automobile"} <= texts and {meant for _, meant in pairs} == {"a skunk"}
+    assert not texts & {"a polecat", "a taxi", "a motor vehicle with four wheels"}
+    monkeypatch.setattr(recipe, "fetch", lambda package: 1 / 0)
+    assert recipe.other_words(cfg, ["skunk"], held_out=set()) == pairs  # they are kept
+    for other in (recipe.ParaphraseConfig(cfg.trainer, least=0.6), cfg):
+        with pytest.raises(ValueError, match="another corpus, sources or least"):
+            recipe.other_words(other, ["skunk", "cat"][: 1 + (other is cfg)], held_out=set())
 
 
 def test_both_texts_of_a_pair_are_dressed_alike_and_captions_not_at_all():
@@ -112,6 +143,8 @@ def test_the_encoder_learns_other_words_and_keeps_its_captions(pipe):
     first = objective(batch)[1]
     assert float(first["loss_captions"]) == 0 < float(first["loss_other_words"])
     assert objective.ranks(CAPTIONS, CAPTIONS, CAPTIONS).tolist() == [0, 0, 0]
+    first_is, _, last_is = objective.ranks(CAPTIONS, CAPTIONS[::-1], CAPTIONS).tolist()
+    assert first_is > 0 and last_is > 0  # what is not meant is understood as something else
     optimizer = torch.optim.AdamW(objective.networks()["text_encoder"].parameters(), lr=3e-3)
     for _ in range(80):
         optimizer.zero_grad()

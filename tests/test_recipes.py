@@ -155,7 +155,10 @@ def test_a_model_is_taught_other_words_and_nothing_else(house):
     phrase = ShardDataset(house.root / "runs/tiny/latents/latents", needs=("safetensors", "txt")).meta(0)[
         "phrase"
     ]
-    (run / "other_words.json").write_text(json.dumps([[f"thing {k}", article(phrase)] for k in range(60)]))
+    rows = ShardDataset(house.root / "runs/tiny/latents/latents", needs=("safetensors", "txt"), split="train")
+    phrases = sorted({row for (row,) in rows.columns("phrase")})
+    pairs = [[f"thing {k}", article(phrase)] for k in range(60)]
+    (run / "other_words.json").write_text(json.dumps({"least": 0.5, "phrases": phrases, "pairs": pairs}))
     short = ("trainer.steps=2", "trainer.batch_size=4", "pictures=4", "sources=1", "kept_back=0.2")
     places = (f"model={model}", "shards=runs/tiny/latents/latents", f"trainer.output_dir={run}")
     assert "60 texts" in house.run("paraphrase", "configs/icons/paraphrase.yaml", *short, *places)

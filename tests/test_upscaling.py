@@ -98,14 +98,21 @@ def test_windows_match():
     vae = build()
     flat = torch.full((2, 4, 64, 64), 0.5)
     windows, whole = Upscaling(vae, background=0, crop=8), Upscaling(vae, background=0, crop=0)
-    target, features, small = windows._window(
-        torch.arange(64.0).expand(1, 4, 64, 64),
-        torch.arange(0, 64.0, 8).expand(1, 8, 8, 8),
-        torch.arange(0, 64.0, 4).expand(1, 4, 16, 16),
-    )
-    assert (target.shape, features.shape, small.shape) == ((1, 4, 32, 32), (1, 8, 4, 4), (1, 4, 8, 8))
-    assert target[0, 0, 0, 0] == features[0, 0, 0, 0] == small[0, 0, 0, 0]
-    assert all(torch.isfinite(objective({"picture": flat})[0]) for objective in (windows, whole))
+    ramps = [
+        torch.stack(torch.meshgrid(*[torch.arange(0, 64.0, step)] * 2, indexing="ij"))[None]
+        for step in (1, 8, 4)
+    ]
+    corners = set()
+    for _ in range(12):
+        target, features, small = windows._window(*ramps)
+        assert (target.shape, features.shape, small.shape) == ((1, 2, 32, 32), (1, 2, 4, 4), (1, 2, 8, 8))
+        assert torch.equal(target[0, :, 0, 0], features[0, :, 0, 0]) and torch.equal(
+            target[0, :, ::4, ::4], small[0]
+        )
+        corners.add(tuple(target[0, :, 0, 0].tolist()))
+    assert len(corners) > 4 and len({y for y, _ in corners}) > 1 < len({x for _, x in corners})
+    losses = [objective({"picture": flat})[0].item() for objective in (windows, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)  # borders weigh more in the whole
     with pytest.raises(ValueError, match="no upscaler"):
         Upscaling(AutoencoderKL(**SIZES))
 

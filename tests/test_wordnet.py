@@ -28,13 +28,18 @@ rose n 1 0 1 0 00000600
 """
 
 
-@pytest.fixture(scope="module")
-def wordnet(tmp_path_factory) -> WordNet:
-    root = tmp_path_factory.mktemp("wordnet")
+def unpacked(root: Path) -> Path:
+    """A folder as Debian's package has it, of the few senses above."""
     folder = root / "usr/share/wordnet"
     folder.mkdir(parents=True)
     (folder / "data.noun").write_text(DATA)
     (folder / "index.noun").write_text(INDEX)
+    return root
+
+
+@pytest.fixture(scope="module")
+def wordnet(tmp_path_factory) -> WordNet:
+    root = unpacked(tmp_path_factory.mktemp("wordnet"))
     return WordNet(root, ["a cab", "any of many shrubs of the genus rosa that bear roses"])
 
 

@@ -163,7 +163,7 @@ LINES = {
 RULES = {
     "background": "the background has the colour named",
     "transparent": "transparent where no background is named",
-    "ink": "one shape in the colour named",
+    "ink": "what is drawn has the colour named (shape not judged)",
     "count": "as many pieces as things named, one to four, whatever they are",
     "relation": "the two colours lie as named: left, right, above, below (shapes not judged)",
     "binding": "two colours on the two shapes named with them",
