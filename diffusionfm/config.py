@@ -40,6 +40,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: list[st
         return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         what = str(error.msg or error).splitlines()[0]
+        if "is not a ListConfig" in what:
+            what = "takes a list, as [one, two]"
         raise ConfigError(f"{error.full_key or 'config'}: {what}") from error
 
 

@@ -190,6 +190,21 @@ class Strides(FlowMatching):
         weights = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
         self.lora = nn.ParameterDict({name.replace(".", "/"): p for name, p in weights.items()})
 
+    def set_out_from(self, folder: Path) -> None:
+        """Take over the weights of FOLDER/few_step, as `export` writes them; ValueError where they do not fit."""
+        source = folder / lora.FEW_STEP
+        lora.check_lora(source)
+        _, found = lora.read_folder(source)["transformer"]
+        parts = (key.removeprefix(lora.PEFT).rpartition(".") for key in found)
+        names = [f"{layer}.{ADAPTER}.{end}".replace(".", "/") for layer, _, end in parts]
+        weights = dict(zip(names, found.values(), strict=True))
+        try:
+            self.lora.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source} is no adapter of rank {self.config.r} for this model: set rank to its own"
+            ) from error
+
     def networks(self) -> dict[str, nn.Module]:
         """The adapter's matrices alone are trained, averaged and checkpointed."""
         return {"lora": self.lora}

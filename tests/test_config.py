@@ -38,6 +38,7 @@ def test_layers_override_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("data.weights=1", ["data.weights", "takes a list, as [one, two]"]),
         ("trainer.stepz=3", ["trainer.stepz", "trainer.steps"]),
         ("steps=3", ["steps", "trainer.steps"]),
         ("trainer.steps=many", ["trainer.steps", "many"]),

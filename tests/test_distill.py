@@ -183,6 +183,16 @@ def test_the_student_learns_and_its_merged_adapter_draws_as_it_did(teacher, tmp_
     told = json.loads((tmp_path / "model" / lora.FEW_STEP / "generation.json").read_text())
     assert told == {"steps": 2, "guidance": 1.0, "shift": 2.0, "teacher": student.teacher} and student.teacher
     live = teacher(PROMPTS, seed=3, num_inference_steps=2, guidance_scale=1.0).images
+    second = Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=2)
+    second.set_out_from(tmp_path / "model")
+    for name, value in second.lora.items():
+        torch.testing.assert_close(
+            value, student.lora[name], atol=1e-3, rtol=1e-3
+        )  # stored in half precision
+    with pytest.raises(ValueError, match="no adapter of rank 3"):
+        Strides(DiffusionFMPipeline.from_pretrained(tmp_path / "model"), 2, rank=3).set_out_from(
+            tmp_path / "model"
+        )
     fast = DiffusionFMPipeline.from_pretrained(tmp_path / "model", fast=True)
     assert (
         fast.defaults["steps"] == 2 and fast.defaults["guidance"] == 1.0 and fast.model_name == "model-fast"

@@ -134,7 +134,7 @@ def test_a_finished_model_gets_its_few_steps(house):
     options = (f"model={model}", f"output_dir={paths}", "count=4", "batch_size=4")
     house.run("paths", "configs/icons/paths.yaml", *options)
     short = ("trainer.steps=2", "trainer.batch_size=2", "trainer.compile=false", "rank=1", "held_out=1")
-    options = (f"model={model}", f"paths={paths}", f"trainer.output_dir={run}", *short)
+    options = (f"model={model}", f"paths=[{paths}]", f"trainer.output_dir={run}", *short)
     house.run("distill", "configs/icons/distill.yaml", *options)
     whole = shutil.copytree(house.root / model, house.root / "runs/whole")
     shutil.copytree(house.root / run / "few_step", whole / "few_step")

@@ -18,6 +18,7 @@ class DistillConfig:
     """Keys of a run. model: the teacher's pipeline folder, null for the shipped one.
 
     paths: folders that train/paths.py made, the teacher's own ways first; the student makes a step of each stride.
+    student: a run of this recipe, or a pipeline folder with few_step in it, to set out from; null for the teacher.
     rank: of the LoRA that the student is. held_out: paths of the first folder that it does not learn, to validate on.
     prompts: drawn for the sample grids.
     """
@@ -25,6 +26,7 @@ class DistillConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: str | None = None
     paths: list[str] = field(default_factory=lambda: ["runs/icons/paths"])
+    student: str | None = None
     rank: int = 5
     held_out: int = 64
     prompts: list[str] = field(default_factory=lambda: ["a red heart", "a cat", "a rocket", "two stars"])
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> Path:
         pipe = DiffusionFMPipeline.from_pretrained(cfg.model, dtype="float32")
         paths = Paths(cfg.paths, pipe, cfg.held_out)
         objective = Strides(pipe, paths.strides, cfg.rank, cfg.trainer.seed)
+        if cfg.student:
+            objective.set_out_from(Path(cfg.student))
         data = Batches(paths, collate_strides, cfg.trainer.batch_size, cfg.trainer.seed)
         run = Path(cfg.trainer.output_dir)
 
