@@ -286,8 +286,10 @@ def warm_start(networks: dict[str, nn.Module], path: str | Path) -> str:
         if found is None:
             fresh.append(name)
             continue
+        with reading(found):
+            tensors = load_file(found)
         try:
-            network.load_state_dict(with_ties(network, load_file(found)), strict=True)
+            network.load_state_dict(with_ties(network, tensors), strict=True)
         except RuntimeError as error:
             raise ValueError(f"trainer.init: {found} does not fit {name}: {_one_line(error)}") from error
         loaded.append(name)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import os
 import sys
 import types
 import typing
@@ -60,7 +61,10 @@ def check_options(key: str, given: dict[str, Any], of: Callable[..., Any]) -> No
 
 def dump_config(cfg: Any, path: str | Path) -> None:
     """Write a config (a dataclass or a dict) as YAML that `load_config` reads back to an equal one."""
-    Path(path).write_text(yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True))
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(aside, path)
 
 
 def as_dict(cfg: Any) -> dict[str, Any]:

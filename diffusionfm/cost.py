@@ -113,6 +113,8 @@ def _rapl_zones() -> list[tuple[Path, float]]:
     zones = []
     for zone in sorted(POWERCAP.glob("intel-rapl:[0-9]")):
         try:
+            if not (zone / "name").read_text().startswith("package"):
+                continue  # psys, the whole machine, has the packages within it
             _joules(zone / "energy_uj")
             zones.append((zone, _joules(zone / "max_energy_range_uj")))
         except OSError:

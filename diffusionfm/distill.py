@@ -92,7 +92,7 @@ class Paths:
                 )
             digest.update(json.dumps(told, sort_keys=True).encode())
             drawn.append(json.loads(told[0]["drawn"]) | {"strides": parts[0][0].shape[1]})
-            captions = [text for meta in told for text in meta["captions"].split("\n")]
+            captions = [text for meta in told for text in json.loads(meta["captions"])]
             kept.append((torch.cat([x for x, _, _ in parts]), torch.cat([x for _, x, _ in parts]), captions))
         _check_alike([str(folder) for folder in folders], drawn, pipe.defaults["shift"])
         begins, ends, captions = kept[0]
@@ -269,4 +269,5 @@ class Strides(FlowMatching):
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    """NaN where the mask is nowhere True."""
+    return (values * mask).sum() / mask.sum()

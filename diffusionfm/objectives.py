@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +93,8 @@ class Reconstruction(nn.Module):
         self.kl, self.background, self.gradient, self.adversarial = kl, background, gradient, adversarial
         self.discriminator = PatchDiscriminator() if adversarial else None
         vae.encoder.requires_grad_(not decoder_only)
+        if vae.upscaler is not None:
+            vae.upscaler.requires_grad_(False)  # it has a training of its own, and no part in this
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to train and save, by name; only the autoencoder is shipped."""
@@ -294,6 +295,7 @@ class FlowMatching(nn.Module):
         self.prompt_dropout, self.times, self.text_multiple = prompt_dropout, times or {}, text_multiple
         self._empty: Tensor | None = None
         self.shapes: tuple[torch.Size, torch.Size] | None = None  # of a sample's latent and text, once known
+        self._flops: dict[tuple[torch.Size, torch.Size], float] = {}
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to train and save; named as the pipeline names them."""
@@ -349,22 +351,28 @@ class FlowMatching(nn.Module):
         return self._empty
 
     def unweighted(self) -> nn.Module:
-        """A copy of the denoiser as it is trained, to be made where tensors have shapes and no numbers."""
-        return type(self.denoiser).from_config(self.denoiser.config)  # type: ignore[attr-defined]
+        """A copy of the denoiser as it is trained, to be made where tensors have shapes and no numbers.
 
-    @cached_property
-    def _flops(self) -> float:
-        assert self.shapes is not None
-        with torch.device("meta"):
-            network = self.unweighted()
-            (latent, text), t = (torch.empty(1, *shape) for shape in self.shapes), torch.empty(1)
-            mask = torch.ones(text.shape[:2], dtype=torch.bool)
-            return count_flops(lambda: network(latent, t, text, mask).sum().backward())
+        No kernel is asked of it by name: some are of GPUs alone."""
+        network: Any = self.denoiser
+        return type(network).from_config({**network.config, "attention_kernel": "auto"})
 
     @property
     def flops_per_sample(self) -> float | None:
-        """Floating-point operations of the denoiser's forward and backward for a sample; None before the first."""
-        return None if self.shapes is None else self._flops
+        """Floating-point operations of the denoiser's forward and backward for a sample of the last batch.
+
+        Counted once for each shape; None before the first batch."""
+        if self.shapes is None:
+            return None
+        if self.shapes not in self._flops:
+            with torch.device("meta"):
+                network = self.unweighted()
+                (latent, text), t = (torch.empty(1, *shape) for shape in self.shapes), torch.empty(1)
+                mask = torch.ones(text.shape[:2], dtype=torch.bool)
+                self._flops[self.shapes] = count_flops(
+                    lambda: network(latent, t, text, mask).sum().backward()
+                )
+        return self._flops[self.shapes]
 
     @torch.no_grad()
     def validation_loss(
@@ -385,10 +393,10 @@ class FlowMatching(nn.Module):
 
 
 def by_time(error: Tensor, t: Tensor, bins: int = 4) -> dict[str, Tensor]:
-    """The mean error (b,) of the samples whose t (b,) is in each of `bins` equal spans; 0 for a span nobody fell in."""
+    """The mean error (b,) of the samples whose t (b,) is in each of `bins` equal spans; NaN where nobody fell in."""
     index = (t * bins).long().clamp(max=bins - 1)
     total = torch.zeros(bins, device=t.device).index_add(0, index, error.float())
-    count = torch.bincount(index, minlength=bins).clamp(min=1)
+    count = torch.bincount(index, minlength=bins)
     return {f"loss_t{k}": value for k, value in enumerate(total / count)}
 
 

@@ -203,7 +203,7 @@ class Paraphrasing(nn.Module):
         )
         other = torch.tensor([text != meant for text, meant in pairs])
         told = {"loss_other_words": each[other].mean(), "loss_captions": each[~other].mean()}
-        return each.mean(), {name: value.detach().nan_to_num() for name, value in told.items()}
+        return each.mean(), {name: value.detach() for name, value in told.items()}
 
     @staticmethod
     def _errors(got: list[Tensor], wanted: list[Tensor], spread: list[Tensor]) -> Tensor:

@@ -89,6 +89,8 @@ def predict(cfg: Any, count: int, gpu: str, batch: int | None = None) -> Plan:
         raise ValueError(f"kind must be one of {', '.join(NETWORKS)}, got {cfg.kind!r}")
     notes: list[str] = []
     shapes = shapes_of(cfg, count, batch, notes)
+    if cfg.objective.get("tune_text"):
+        notes.append("the text encoder learns along (objective.tune_text): its training is not counted")
     bf16 = cfg.trainer.precision == "bf16" or (
         cfg.trainer.precision == "auto" and (kind != "cpu" or has_fast_bf16(torch.device("cpu")))
     )
@@ -99,7 +101,7 @@ def predict(cfg: Any, count: int, gpu: str, batch: int | None = None) -> Plan:
         bf16=bf16,
         gpu=kind != "cpu",
     )
-    rates = measure_cpu(bf16) if kind == "cpu" else GPUS[kind]
+    rates = measure_cpu(bf16, count) if kind == "cpu" else GPUS[kind]
     frozen = {name: encoder_bytes(getattr(cfg, name), notes) for name in ("vae", "text_encoder")}
     memory = memory_of(step, cfg.trainer, count, sum(frozen.values()), on_gpu=kind != "cpu")
     reads = 0.0 if (Path(cfg.data.shards) / EMPTY_PROMPT).is_file() else frozen["text_encoder"] / 4
@@ -151,7 +153,7 @@ def shapes_of(cfg: Any, count: int, batch: int | None, notes: list[str]) -> Shap
     else:
         side = max(buckets.sides) // buckets.patch * patch
         square = (max(buckets.sides),) * 2
-        pictures = batch or pictures_of(square, buckets, trainer.batch_size)
+        pictures = pictures_of(square, buckets, pictures)
         notes.append(f"every picture is taken to be a square of the largest side; {pictures} are a step")
     micro = replace(trainer, batch_size=pictures).pieces(count)
     text_tokens = cfg.objective.get("text_multiple", 32)
@@ -289,19 +291,23 @@ def _matrix_rate(gpu: Gpu, bf16: bool) -> float:
     return gpu.bf16 if bf16 or gpu.name == "cpu" else gpu.bf16 * FP32_SHARE
 
 
-def measure_cpu(bf16: bool, seconds: float = 0.3) -> Gpu:
-    """This machine's rates, measured now, as if `ACHIEVED` of a peak had been seen; its processes talk by memory."""
+def measure_cpu(bf16: bool, count: int, seconds: float = 0.3) -> Gpu:
+    """What each of `count` processes has of this machine, measured now, as if `ACHIEVED` of a peak had been seen.
+
+    The processes talk by memory."""
     device = torch.device("cpu")
-    matrix = cost.matrix_rate(device, torch.bfloat16 if bf16 else torch.float32, seconds)
+    matrix = cost.matrix_rate(device, torch.bfloat16 if bf16 else torch.float32, seconds) / count
     source = torch.ones(16 * 2**20)
     target, fastest, began = torch.empty_like(source), 1e9, time.perf_counter()
     while time.perf_counter() - began < seconds or fastest == 1e9:
         start = time.perf_counter()
         target.copy_(source)
         fastest = min(fastest, time.perf_counter() - start)
-    bandwidth = 2 * source.nbytes / fastest / ACHIEVED["memory"]
-    watts = cost.WATTS_A_CORE * torch.get_num_threads()
-    return Gpu("cpu", matrix / ACHIEVED["matrix"], _machine_memory(), bandwidth, bandwidth / 4, 1e9, watts)
+    bandwidth = 2 * source.nbytes / fastest / ACHIEVED["memory"] / count
+    watts = cost.WATTS_A_CORE * torch.get_num_threads() / count
+    return Gpu(
+        "cpu", matrix / ACHIEVED["matrix"], _machine_memory() / count, bandwidth, bandwidth / 4, 1e9, watts
+    )
 
 
 def _machine_memory() -> float:
@@ -341,9 +347,10 @@ def launch_line(config: str, plan: Plan, overrides: Iterable[str] = ()) -> str:
     words = " ".join(["train/denoiser.py", config, *overrides])
     if plan.gpus == 1:
         return f"python {words}"
+    if plan.gpus <= MACHINE and plan.gpu == "cpu":  # accelerate starts several there by MPI alone
+        return f"torchrun --standalone --nproc_per_node {plan.gpus} {words}"
     if plan.gpus <= MACHINE:
-        where = "--cpu" if plan.gpu == "cpu" else "--multi_gpu"
-        return f"accelerate launch {where} --num_processes {plan.gpus} {words}"
+        return f"accelerate launch --multi_gpu --num_processes {plan.gpus} {words}"
     return (
         f"torchrun --nnodes {plan.gpus // MACHINE} --nproc-per-node {MACHINE} --rdzv-backend c10d "
         f"--rdzv-endpoint FIRST_MACHINE:29500 {words}"

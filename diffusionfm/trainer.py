@@ -1,6 +1,7 @@
 """The one training loop: any objective over any batches, resumed bit for bit, on one process or many."""
 
 import itertools
+import math
 import signal
 import threading
 import time
@@ -91,6 +92,7 @@ class Trainer:
         self.networks: Networks = objective.networks()  # type: ignore[operator]
         self.parameters = optim.trainable(self.networks, objective)
         self.step, self.samples, self.seconds, self.joules = 0, 0, 0.0, 0.0
+        self.flops: float | None = None  # of all samples so far, once an objective tells
         self.guard = guard.SpikeGuard(cfg.spike)
         self.sharding: Sharding | None = None
         self._signal, self._enough, self._agreed = 0, False, False
@@ -142,7 +144,9 @@ class Trainer:
         torch.manual_seed(runtime.step_seed(cfg.seed, self.step, self.accelerator.process_index))
         lr = cfg.lr * optim.wsd(self.step, cfg.steps, cfg.warmup, cfg.decay_fraction)
         optim.set_lr(self.optimizers, lr)
-        totals = self._gradients(batch)
+        totals, metrics = self._gradients(batch)
+        for name, (total, times) in metrics.items():
+            totals[f"sum {name}"], totals[f"times {name}"] = total, times
         totals["grad_norm"] = self._clip()
         totals["signal"] = torch.tensor(float(self._signal), device=self.device)
         totals["enough"] = torch.tensor(float(self._enough), device=self.device)
@@ -151,6 +155,9 @@ class Trainer:
         values = (self.accelerator.reduce(stacked, "mean") if self.ranks > 1 else stacked).tolist()
         scalars = dict(zip(totals, values, strict=True))
         self.joules += scalars.pop("joules") * self.ranks
+        for name in metrics:
+            total, times = (scalars.pop(f"{what} {name}") for what in ("sum", "times"))
+            scalars[name] = total / times if times else math.nan
         signalled = scalars.pop("signal") > 0
         self._agreed = scalars.pop("enough") > 0 or signalled
         self._signal = self._signal or (signal.SIGTERM if signalled else 0)
@@ -162,25 +169,38 @@ class Trainer:
         count = runtime.count(batch) * self.ranks
         self.step += 1
         self.samples += count
+        self._count_flops(count)
         for average in self.averages.values():
             average.update(self.step)
         line = {"step": self.step, "samples": self.samples, **scalars, "lr": lr, "count": count}
         return line | {"skipped": self.guard.skipped} if skipped else line
 
-    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Work the batch off piece by piece; the loss and metrics of this rank, averaged over the pieces."""
+    def _gradients(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """Work the batch off piece by piece: this rank's mean loss, and each metric's sum over the pieces that tell it.
+
+        A piece that cannot tell a metric gives NaN for it; beside each sum stands how many pieces did tell."""
         pieces = runtime.split(batch, self.cfg.grad_accum)
-        totals: dict[str, Tensor] = {}
+        mean = torch.zeros((), device=self.device)
+        found: dict[str, list[Tensor]] = {}
         for i, piece in enumerate(pieces):
             waits = self.ranks > 1 and self.sharding is None and i < len(pieces) - 1
             with self.accelerator.no_sync(self.model) if waits else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     loss, metrics = self.model(runtime.to_device(piece, self.device))
                 self.accelerator.backward(loss.float() / len(pieces))
-            for name, value in {"loss": loss, **metrics}.items():
-                part = torch.as_tensor(value, device=self.device).detach().float() / len(pieces)
-                totals[name] = totals[name] + part if name in totals else part
-        return totals
+            mean = mean + loss.detach().float() / len(pieces)
+            for name, value in metrics.items():
+                told = torch.as_tensor(value, device=self.device).detach().float()
+                total, times = found.setdefault(name, [torch.zeros_like(mean), torch.zeros_like(mean)])
+                total += told.nan_to_num(posinf=math.inf, neginf=-math.inf)
+                times += (~told.isnan()).float()
+        return {"loss": mean}, found
+
+    def _count_flops(self, count: int) -> None:
+        """Add what `count` samples of this batch's shape took; of samples that no checkpoint tells of, the same."""
+        if each := getattr(self.objective, "flops_per_sample", None):
+            before = (self.samples - count) * float(each) if self.flops is None else self.flops
+            self.flops = before + count * float(each)
 
     def _clip(self) -> Tensor:
         limit = self.cfg.clip or float("inf")
@@ -299,7 +319,7 @@ class Trainer:
         for name, network in self.networks.items():
             network.load_state_dict(tensors[name], strict=True)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-        self.joules = state.get("joules", 0.0)
+        self.joules, self.flops = state.get("joules", 0.0), state.get("flops")
         self.guard.load(state.get("guard", {}))
         self._say(f"resumed at step {self.step}")
         if not resume.usable(state, self.cfg.steps):
@@ -327,7 +347,8 @@ class Trainer:
             tensors[name] = average.average
             if self.sharding is not None:
                 tensors[name] = self.sharding.cut_as(average.average, self.parameters)
-        state = {"step": self.step, "samples": self.samples, "seconds": self.seconds, "joules": self.joules}
+        state: dict[str, Any] = {"step": self.step, "samples": self.samples, "seconds": self.seconds}
+        state |= {"joules": self.joules, "flops": self.flops}
         state |= self._identity() | {"guard": self.guard.state()}
         folder = checkpoint.step_folder(self.run_dir, self.step)
         if self.sharding is not None:
@@ -338,9 +359,8 @@ class Trainer:
         if main:
             checkpoint.prune(self.run_dir, cfg.keep, self._decay_start())
             spent = {"kwh": self.joules / 3.6e6, "energy": self.energy.method, "skipped": self.guard.skipped}
-            flops = getattr(self.objective, "flops_per_sample", None)
-            if flops is not None:
-                spent["flops"] = self.samples * float(flops)
+            if self.flops is not None:
+                spent["flops"] = self.flops
             self.log.ledger(self.step, self.samples, self.seconds, **spent)
         self.accelerator.wait_for_everyone()
 

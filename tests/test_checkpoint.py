@@ -89,6 +89,9 @@ def test_warm_start_is_strict_and_names_what_is_fresh(tmp_path):
         checkpoint.warm_start({"net": target}, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no weights"):
         checkpoint.warm_start({"vae": target}, tmp_path)
+    (tmp_path / "net.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="net.safetensors cannot be read"):
+        checkpoint.warm_start({"net": target}, tmp_path)
 
 
 def test_warm_start_fills_in_tied_names(tmp_path):

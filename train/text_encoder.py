@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from diffusionfm.checkpoint import write_json
 from diffusionfm.config import check_options, parse_args, user_errors
+from diffusionfm.data.buckets import BucketConfig
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import (
     DataConfig,
@@ -69,14 +70,12 @@ def main(argv: list[str] | None = None) -> Path:
         objective = Contrastive(
             encoder, tokenizer, ImageTower(**cfg.image_tower), teacher, words=words, **cfg.objective
         )
-        judged = unlike_captions(held_out, cfg.candidates)
+        judged = unlike_captions(held_out, cfg.candidates, cfg.data.buckets)
         run = Path(cfg.trainer.output_dir)
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             report = {**retrieval(objective, judged), "paraphrase_top1": paraphrases(objective)}
-            (run / "report.json").write_text(
-                json.dumps({"step": step, "candidates": len(judged), **report}, indent=1)
-            )
+            write_json(run / "report.json", {"step": step, "candidates": len(judged), **report})
             return {f"heldout_{name}": value for name, value in report.items()}
 
         trainer = Trainer(cfg.trainer, objective, data, resolved_config=cfg, validate=validate)
@@ -86,10 +85,10 @@ def main(argv: list[str] | None = None) -> Path:
     return run
 
 
-def unlike_captions(dataset: ShardDataset, count: int) -> list[dict]:
+def unlike_captions(dataset: ShardDataset, count: int, buckets: BucketConfig | None = None) -> list[dict]:
     """`count` samples spread over a dataset, no two with the same caption."""
     found: dict[str, dict] = {}
-    for sample in fixed_samples(dataset, 2 * count):
+    for sample in fixed_samples(dataset, 2 * count, buckets):
         found.setdefault(sample["caption"], sample)
     return list(found.values())[:count]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from diffusionfm.autoencoder import AutoencoderKL, Upscaler, shrunk
+from diffusionfm.checkpoint import write_json
 from diffusionfm.config import check_options, parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import DataConfig, fixed_samples, picture_batches, pixels
@@ -51,13 +51,14 @@ def main(argv: list[str] | None = None) -> Path:
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)
         held_out = ShardDataset(cfg.data.shards, split="heldout")
         judged = [
-            (s["meta"].get("source", ""), pixels(s)) for s in fixed_samples(held_out, cfg.validation_pictures)
+            (s["meta"].get("source", ""), pixels(s))
+            for s in fixed_samples(held_out, cfg.validation_pictures, cfg.data.buckets)
         ]
         run = Path(cfg.trainer.output_dir)
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             reports = {scale: upscaling_report(vae, judged, scale) for scale in vae.scales[1:]}
-            (run / "report.json").write_text(json.dumps({"step": step, **reports}, indent=1))
+            write_json(run / "report.json", {"step": step, **reports})
             largest = reports[Upscaler.factor]["all"]
             return {f"heldout_{name}": value for name, value in largest.items() if name != "pictures"}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from diffusionfm.autoencoder import AutoencoderKL
+from diffusionfm.checkpoint import write_json
 from diffusionfm.config import check_options, parse_args, user_errors
 from diffusionfm.data.reader import ShardDataset
 from diffusionfm.data.training import DataConfig, collate_pictures, fixed_samples, picture_batches, pixels
@@ -49,16 +49,19 @@ def main(argv: list[str] | None = None) -> Path:
         data = picture_batches(cfg.data, cfg.trainer.batch_size, cfg.trainer.seed)
         held_out = ShardDataset(cfg.data.shards, split="heldout")
         judged = [
-            (s["meta"].get("source", ""), pixels(s)) for s in fixed_samples(held_out, cfg.validation_pictures)
+            (s["meta"].get("source", ""), pixels(s))
+            for s in fixed_samples(held_out, cfg.validation_pictures, cfg.data.buckets)
         ]
         shown = torch.stack([picture for _, picture in judged[:32]]).float() / 255
         run = Path(cfg.trainer.output_dir)
-        statistics = collate_pictures(fixed_samples(data.dataset, cfg.statistics_pictures))["picture"]
+        statistics = collate_pictures(fixed_samples(data.dataset, cfg.statistics_pictures, cfg.data.buckets))[
+            "picture"
+        ]
 
         def validate(step: int, networks: dict) -> dict[str, float]:
             set_statistics(vae, statistics)
             report = reconstruction_report(vae, judged)
-            (run / "report.json").write_text(json.dumps({"step": step, **report}, indent=1))
+            write_json(run / "report.json", {"step": step, **report})
             return {f"heldout_{name}": value for name, value in report["all"].items() if name != "pictures"}
 
         def on_sample(step: int, networks: dict) -> None:

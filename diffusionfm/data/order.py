@@ -123,11 +123,13 @@ class Order:
         """(epoch, position in it) of a position counted from the start of training."""
         if self.weights is None:
             return divmod(position, self.n)
-        while not self._ends or self._ends[-1] <= position:
-            ends = self._ends
-            self._ends = [*ends, (ends[-1] if ends else 0) + self.length(len(ends))]
-        epoch = int(np.searchsorted(self._ends, position, side="right"))
-        return epoch, position - (self._ends[epoch - 1] if epoch else 0)
+        ends = self._ends  # other threads may look as well: each goes by what it saw
+        while not ends or ends[-1] <= position:
+            ends = [*ends, (ends[-1] if ends else 0) + self.length(len(ends))]
+        if len(ends) > len(self._ends):
+            self._ends = ends
+        epoch = int(np.searchsorted(ends, position, side="right"))
+        return epoch, position - (ends[epoch - 1] if epoch else 0)
 
     def take(self, start: int, size: int) -> list[int]:
         """The samples at positions start to start + size since training began, across epoch borders."""

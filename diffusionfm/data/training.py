@@ -206,10 +206,13 @@ def held_out_phrases(dataset: ShardDataset) -> set[str]:
 # ---- precomputed latents -----------------------------------------------------------------------------------------
 
 
-def collate_latents(samples: list[dict[str, Any]], styled: dict[str, float] | None = None) -> dict[str, Any]:
+def collate_latents(
+    samples: list[dict[str, Any]], styled: dict[str, float] | None = None, text_multiple: int = 32
+) -> dict[str, Any]:
     """Precomputed samples -> key, latent 16-bit (b, c, y, x), caption; and text, mask where text was precomputed.
 
-    text (b, l, d) and mask (b, l) are the features of the captions chosen. `ValueError` for latents of many shapes."""
+    text (b, l, d) and mask (b, l) are the features of the captions chosen, l a multiple of text_multiple. `ValueError`
+    for latents of many shapes."""
     stored = [load(s["safetensors"]) for s in samples]
     if len(shapes := {tuple(tensors["latent"].shape) for tensors in stored}) > 1:
         raise ValueError(
@@ -220,7 +223,7 @@ def collate_latents(samples: list[dict[str, Any]], styled: dict[str, float] | No
         "key": [s["key"] for s in samples],
         "latent": torch.stack([tensors["latent"] for tensors in stored]),
         "caption": chosen,
-        **chosen_text(stored, [captions_of(s) for s in samples], chosen),
+        **chosen_text(stored, [captions_of(s) for s in samples], chosen, text_multiple),
     }
 
 
@@ -236,8 +239,14 @@ def latent_dataset(
 
 
 def latent_batches(
-    cfg: DataConfig, vae_hash: str | None, batch_size: int, seed: int, text_hash: str | None = None
+    cfg: DataConfig,
+    vae_hash: str | None,
+    batch_size: int,
+    seed: int,
+    text_hash: str | None = None,
+    text_multiple: int = 32,
 ) -> Batches:
     """Endless training batches of latents and captions; the trainer splits them by rank. Errors as picture_batches."""
     dataset = latent_dataset(cfg.shards, vae_hash, "train", text_hash)
-    return _batches(dataset, partial(collate_latents, styled=cfg.styled), cfg, batch_size, seed)
+    collate = partial(collate_latents, styled=cfg.styled, text_multiple=text_multiple)
+    return _batches(dataset, collate, cfg, batch_size, seed)

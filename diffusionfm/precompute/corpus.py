@@ -107,9 +107,7 @@ def claim(making: Path, jobs: Sequence[Job], mine: slice, made_by: dict, overwri
     run = making.parent
     run.mkdir(parents=True, exist_ok=True)
     with locked(run):
-        fault = (
-            find_fault(run / LATENTS, jobs, mine, made_by) if (run / LATENTS).exists() else "nothing there"
-        )
+        fault = find_fault(run / LATENTS, jobs, made_by) if (run / LATENTS).exists() else "nothing there"
         if not fault:
             return None
         others = [path for path in run.glob(MAKING.format("*")) if path != making]
@@ -126,12 +124,12 @@ def claim(making: Path, jobs: Sequence[Job], mine: slice, made_by: dict, overwri
         return [job for job in jobs[mine] if not (making / f"{job.source.stem}_stats.json").is_file()]
 
 
-def find_fault(folder: Path, jobs: Sequence[Job], mine: slice, made_by: dict[str, Any]) -> str:
-    """How a folder of shards differs from what my jobs would make of it, in words; '' when it does not."""
+def find_fault(folder: Path, jobs: Sequence[Job], made_by: dict[str, Any]) -> str:
+    """How a folder of shards differs from what the jobs of all ranks would make of it, in words; '' if it does not."""
     extra = {path.stem for path in folder.glob("*.tar")} - {job.source.stem for job in jobs}
     if extra:
         return f"holds {min(extra)}.tar, which the source lacks"
-    for job in jobs[mine]:
+    for job in jobs:
         stats = folder / f"{job.source.stem}_stats.json"
         if not stats.is_file():
             return f"lacks {job.source.name}"
