@@ -79,6 +79,8 @@ class Paths:
     def __init__(
         self, folders: Sequence[str | os.PathLike[str]], pipe: DiffusionFMPipeline, held_out: int = 0
     ):
+        if not folders:
+            raise ValueError("paths is empty: name a folder that train/paths.py made")
         kept, drawn, digest = [], [], hashlib.sha256()
         for folder in folders:
             files = sorted(Path(folder).glob("*.safetensors"))

@@ -124,10 +124,11 @@ def _set_strength(network: Any, name: str, scale: float, taken: set[str]) -> Non
             magnitude.data = own + scale * (magnitude.detach() - own)
 
 
-def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
+def merge_few_step(network: Any, folder: Path, model: Path | None = None) -> dict[str, Any]:
     """Add a pipeline folder's few-step adapter to its denoiser's weights; returns the settings it draws at.
 
-    ValueError where the folder has none, or one that was distilled from another denoiser."""
+    model: the pipeline folder that the denoiser is of, where that is another. ValueError where the folder has no
+    adapter, or one that was distilled from another denoiser."""
     import torch
 
     source = folder / FEW_STEP
@@ -137,11 +138,11 @@ def merge_few_step(network: Any, folder: Path) -> dict[str, Any]:
         )
     check_lora(source)
     drawn_at = read_json(source / "generation.json")
-    teacher, own = drawn_at.pop("teacher", ""), told_checksum(folder, "transformer")
+    teacher, own = drawn_at.pop("teacher", ""), told_checksum(model or folder, "transformer")
     if teacher and own and teacher != own:
         raise ValueError(
-            f"{source} was distilled from another denoiser than the file beside it, or from another copy: draw without "
-            "--fast, or make one of this model with train/paths.py and train/distill.py"
+            f"{source} was distilled from another denoiser than that of {model or folder}, or another copy of it: "
+            "draw without --fast, or make one of this model with train/paths.py and train/distill.py"
         )
     check_defaults(source / "generation.json", drawn_at)
     settings, weights = read_folder(source)["transformer"]

@@ -18,11 +18,13 @@ def make_missing(needs: Mapping[str, str]) -> None:
     """Run, in order, the command of every path that is not there: arguments to this Python, no shell.
 
     needs: path -> command, as {"runs/x/shards": "-m diffusionfm.data.shapes --out runs/x/shards"}.
-    A network of a run that was stopped is missing, too, and its run goes on. ValueError when a command fails, when its
-    path is still missing afterwards, and for the ranks of a launch, which would all make it at once.
+    A network of a run that was stopped is missing, too, and its run goes on, unless what needs it is there already.
+    ValueError when a command fails, when its path is still missing afterwards, and for the ranks of a launch, which
+    would all make it at once.
     """
-    for path, command in needs.items():
-        if Path(path).exists() and not unfinished(Path(path)):
+    for k, (path, command) in enumerate(needs.items()):
+        used = any(Path(later).exists() for later in list(needs)[k + 1 :])
+        if Path(path).exists() and (used or not unfinished(Path(path))):
             continue
         what = f"{path} is unfinished" if Path(path).exists() else f"{path} is missing"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -47,7 +47,11 @@ _JOINED = re.compile(rf"( and | (?:{_PLACES}|over|under) )", re.I)
 _JOINED_TOLD = re.compile(rf"( and | (?:{_PLACES}) )", re.I)  # who jumps over a fence is not above it
 _THING = re.compile(rf"^(?:(an?|the|{'|'.join(NUMBERS)}) )?((?:(?:{_COLOR}) )*)(.+)$", re.I)
 # More of a thing than a model counts.
-_MANY = {"five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "dozen", "several", "many"}
+_MANY = """
+countless dozen dozens eight eighteen eighty eleven few fifteen fifty five forty fourteen hundred hundreds lots many
+million nine nineteen ninety seven seventeen seventy several six sixteen sixty ten thirteen thirty thousand thousands
+twelve twenty
+"""
 _HEADS = """
 animal bird building creature device drink food fruit garment insect instrument machine man person place plant
 someone something somewhere thing tool toy vegetable vehicle woman
@@ -201,7 +205,7 @@ class Phrasebook:
         spelled = self._spelled(strange[0], SLIP) if len(strange) == 1 and not told else None
         if spelled is None:
             many, colors, name = _THING.match(thing).groups()  # type: ignore[union-attr]
-            if name.split()[0].lower() in _MANY:
+            if name.split()[0].lower() in _MANY.split():
                 return thing
             within = [] if told else _colors_within(name)
             if nearest := self.nearest(name) or (self.nearest(_WITHIN.sub("", name)) if within else None):

@@ -348,7 +348,8 @@ def launch_line(config: str, plan: Plan, overrides: Iterable[str] = ()) -> str:
     if plan.gpus == 1:
         return f"python {words}"
     if plan.gpus <= MACHINE and plan.gpu == "cpu":  # accelerate starts several there by MPI alone
-        return f"torchrun --standalone --nproc_per_node {plan.gpus} {words}"
+        threads = max(1, torch.get_num_threads() // plan.gpus)
+        return f"OMP_NUM_THREADS={threads} torchrun --standalone --nproc_per_node {plan.gpus} {words}"
     if plan.gpus <= MACHINE:
         return f"accelerate launch --multi_gpu --num_processes {plan.gpus} {words}"
     return (

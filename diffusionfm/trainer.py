@@ -111,6 +111,7 @@ class Trainer:
                 f"{self.run_dir} is at step {self.step} of {cfg.steps} already: for more, raise trainer.steps"
             )
             self._export()
+            self._write_ledger()  # a kill may have come between the last checkpoint and it
         with ExitStack() as stack:
             stack.enter_context(self._signals())
             batches = stack.enter_context(self._batches())
@@ -197,7 +198,7 @@ class Trainer:
         return {"loss": mean}, found
 
     def _count_flops(self, count: int) -> None:
-        """Add what `count` samples of this batch's shape took; of samples that no checkpoint tells of, the same."""
+        """Add what `count` samples took, all like the last piece; of samples that no checkpoint tells of, the same."""
         if each := getattr(self.objective, "flops_per_sample", None):
             before = (self.samples - count) * float(each) if self.flops is None else self.flops
             self.flops = before + count * float(each)
@@ -358,11 +359,15 @@ class Trainer:
         self._export()
         if main:
             checkpoint.prune(self.run_dir, cfg.keep, self._decay_start())
+        self._write_ledger()
+        self.accelerator.wait_for_everyone()
+
+    def _write_ledger(self) -> None:
+        if self.accelerator.is_main_process:
             spent = {"kwh": self.joules / 3.6e6, "energy": self.energy.method, "skipped": self.guard.skipped}
             if self.flops is not None:
                 spent["flops"] = self.flops
             self.log.ledger(self.step, self.samples, self.seconds, **spent)
-        self.accelerator.wait_for_everyone()
 
     def _snapshot(self) -> None:
         """Keep the averages of several widths, from which `diffusionfm.ema` makes any other width later."""

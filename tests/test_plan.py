@@ -185,13 +185,15 @@ def test_buckets_decide_the_shape_and_the_pictures_of_a_step():
         predict(cfg, 64, "h100", batch=1024)
 
 
-def test_processes_share_a_cpu(monkeypatch):
+def test_processes_share_a_cpu():
     alone, shared = (measure_cpu(False, count, seconds=0.02) for count in (1, 2))
     assert shared.memory == alone.memory / 2 and shared.watts == alone.watts / 2
     cfg = load_config(DenoiserConfig, TINY, ["objective.tune_text=true"])
     plan = predict(cfg, 2, "cpu")
-    assert launch_line("c.yaml", plan).startswith(
-        "torchrun --standalone --nproc_per_node 2 train/denoiser.py"
+    line = launch_line("c.yaml", plan)
+    assert (
+        line.startswith("OMP_NUM_THREADS=")
+        and " torchrun --standalone --nproc_per_node 2 train/denoiser.py" in line
     )
     assert any("the text encoder learns along" in note for note in plan.notes)
 

@@ -203,8 +203,8 @@ def test_ranks_make_a_source_that_grew_anew_together(cfg, tmp_path, monkeypatch)
             monkeypatch.setenv("RANK", str(rank))
             precompute(pictures, tmp_path / "run", cfg, **more)
 
-    by_ranks(draw_shards(tmp_path / "few", 16))
-    more = draw_shards(tmp_path / "more", 32)  # of rank 0's two shards the first is as it was
+    by_ranks(draw_shards(tmp_path / "few", 3 * A_SHARD))
+    more = draw_shards(tmp_path / "more", 4 * A_SHARD)  # rank 0's two shards are as they were
     by_ranks(more, overwrite=True)
     assert len(list((tmp_path / "run/latents").glob("*.tar"))) == len(list(more.glob("*.tar")))
 

@@ -105,7 +105,7 @@ def other_words(cfg: ParaphraseConfig, phrases: list[str], held_out: set[str]) -
     asked = {"least": cfg.least, "phrases": sorted(phrases)}
     if file.exists():
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if {name: stored.get(name) for name in asked} != asked:
+        if not isinstance(stored, dict) or {name: stored.get(name) for name in asked} != asked:
             raise ValueError(
                 f"{file} was made of another corpus, sources or least: remove it, or give another output_dir"
             )

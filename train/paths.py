@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> Path:
         student = None
         if cfg.student:
             student = DiffusionFMPipeline.from_pretrained(cfg.model, device=pipe.device, dtype="float32")
-            learned = merge_few_step(student.transformer, Path(cfg.student))
+            learned = merge_few_step(
+                student.transformer, Path(cfg.student), Path(pipe.config["_name_or_path"])
+            )
             now = {"steps": cfg.strides, "shift": pipe.defaults["shift"]}
             if wrong := [f"{name} {learned[name]:g}" for name in now if learned[name] != now[name]]:
                 raise ValueError(

@@ -208,5 +208,9 @@ def add_plan(commands: Any) -> None:
     command.add_argument(
         "--gpu", default="h100", help=f"{', '.join(KNOWN)}; the last is measured now (default h100)"
     )
-    command.add_argument("--batch", type=int, help="pictures per step over all GPUs (default: the config's)")
+    command.add_argument(
+        "--batch",
+        type=int,
+        help="pictures per step over all GPUs, with buckets what a step's are a multiple of (default: the config's)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ def read_corpus(shards: str | Path, cache: Path, chunk: int = 2048) -> Corpus:
     dataset = ShardDataset(shards)
     told = [dict(zip(TOLD, row, strict=True)) for row in dataset.columns(*TOLD)]
     numbers = [i for i, row in enumerate(told) if not row["background"] and row["source"] != SOURCE]
-    folder = cache / dataset.fingerprint[:16]
+    which = hashlib.sha256(np.array(numbers).tobytes()).hexdigest()[:8]
+    folder = cache / f"{dataset.fingerprint[:16]}-{which}"
     folder.mkdir(parents=True, exist_ok=True)
     eye: Eye | None = None
     parts = []

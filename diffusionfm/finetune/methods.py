@@ -139,6 +139,12 @@ class Adapting(FlowMatching):
 class AdapterFlowMatching(Adapting):
     """Trains a LoRA (arXiv:2106.09685) or DoRA (arXiv:2402.09353); all else is frozen."""
 
+    def unweighted(self) -> nn.Module:
+        """The frozen denoiser, whose weights take no gradients, and the adapter."""
+        network = super().unweighted().requires_grad_(False)
+        inject_adapter_in_model(self.configs["transformer"], network, adapter_name=ADAPTER)
+        return network
+
     def __init__(self, pipe: DiffusionFMPipeline, cfg: FinetuneConfig):
         super().__init__(pipe, cfg)
         self.configs = {}
