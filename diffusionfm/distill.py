@@ -81,14 +81,14 @@ class Paths:
     ):
         if not folders:
             raise ValueError("paths is empty: name a folder that train/paths.py made")
-        kept, drawn, digest = [], [], hashlib.sha256()
+        kept, drawn, digest, teacher = [], [], hashlib.sha256(), pipe.fingerprint()
         for folder in folders:
             files = sorted(Path(folder).glob("*.safetensors"))
             if not files:
                 raise ValueError(f"no paths in {folder}: make them with train/paths.py")
             parts = [read_paths(file) for file in files]
             told = [meta for _, _, meta in parts]
-            if any(meta["model"] != pipe.fingerprint() for meta in told):
+            if any(meta["model"] != teacher for meta in told):
                 raise ValueError(
                     f"{folder} holds the paths of another model: make them anew in another folder"
                 )
